@@ -1,0 +1,1 @@
+"""adapter-router: thousands of PEFT LoRA adapters on shared base models, each served exactly as if alone."""

@@ -1,0 +1,1 @@
+"""A PEFT adapter directory -> exact tensors, or every reason why not."""

@@ -1,0 +1,176 @@
+"""``adapter_config.json`` as PEFT writes it -> the fields that matter when serving, or every reason why not.
+
+PEFT ignores what it does not know and accepts NaN as a scale; here each field is served, harmless, or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapter_router.adapters.patterns import layer_index, matches_names, matching_keys, in_saved_module
+
+_HARMLESS = frozenset(
+    # Identity and training-only fields: no effect on what a loaded adapter computes.
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights lora_dropout "
+    "lora_ga_config loftq_config megatron_config megatron_core monteclora_config peft_version qalora_group_size "
+    "revision runtime_config task_type velora_config".split()
+)
+_SERVED = frozenset(
+    "alpha_pattern exclude_modules fan_in_fan_out layers_pattern layers_to_transform lora_alpha modules_to_save "
+    "peft_type r rank_pattern target_modules use_rslora bias".split()
+)
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The inference-relevant part of a LoRA configuration; names as in PEFT."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    task_type: str | None
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the target module ``path``."""
+        keys = matching_keys(self.rank_pattern, path)
+        return self.rank_pattern[keys[0]] if keys else self.r
+
+    def scaling_of(self, path: str) -> float:
+        """``s`` of ``y = Wx + s B A x``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        keys = matching_keys(self.alpha_pattern, path)
+        alpha = self.alpha_pattern[keys[0]] if keys else self.lora_alpha
+        rank = self.rank_of(path)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, path: str) -> bool:
+        """Whether PEFT would put LoRA on the module ``path``."""
+        if self.exclude_modules and matches_names(self.exclude_modules, path):
+            return False
+        if in_saved_module(self.modules_to_save, path) or not matches_names(self.target_modules, path):
+            return False
+        named_in_full = isinstance(self.target_modules, str) or path in self.target_modules
+        if not self.layers_to_transform or named_in_full:
+            return True
+        return layer_index(self.layers_pattern, path) in self.layers_to_transform
+
+    def saves(self, path: str) -> bool:
+        """Whether PEFT would store the whole module ``path``: it ends in a saved name, with or without a dot."""
+        return any(path.endswith(name) for name in self.modules_to_save)
+
+    def overlapping_patterns(self, path: str) -> list[str]:
+        """Pattern keys beyond the first that match ``path`` with another value: PEFT's own files reorder them."""
+        overlaps = []
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            keys = matching_keys(patterns, path)
+            overlaps += [key for key in keys[1:] if patterns[key] != patterns[keys[0]]]
+        return overlaps
+
+
+def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
+    """The configuration and every problem with it; the configuration is None only where no sense can be made of it."""
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return None, [f"adapter_config.json is not JSON: {error}"]
+    if not isinstance(document, dict):
+        return None, ["adapter_config.json is not a JSON object"]
+    if document.get("peft_type") != "LORA":
+        return None, [f"peft_type {document.get('peft_type')!r} is not served; only 'LORA' is"]
+    problems = _unserved(document)
+    reader = _FieldReader(document, problems)
+    config = AdapterConfig(
+        r=reader.rank("r", document.get("r", 8)),
+        lora_alpha=reader.number("lora_alpha", document.get("lora_alpha", 8)),
+        rank_pattern=reader.pattern("rank_pattern", reader.rank),
+        alpha_pattern=reader.pattern("alpha_pattern", reader.number),
+        use_rslora=reader.flag("use_rslora"),
+        target_modules=reader.names("target_modules"),
+        exclude_modules=reader.names("exclude_modules"),
+        layers_to_transform=reader.indices("layers_to_transform"),
+        layers_pattern=reader.name_list("layers_pattern"),
+        modules_to_save=reader.name_list("modules_to_save"),
+        task_type=document.get("task_type"),
+    )
+    return config, problems
+
+
+def _unserved(document: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, value in document.items():
+        if name not in _SERVED | _HARMLESS and value not in (None, False, "", [], {}):
+            problems.append(f"{name}={json.dumps(value)[:80]} is not served")
+    if document.get("bias", "none") != "none":
+        problems.append(f"bias={document['bias']!r} is not served; train with bias='none'")
+    init = document.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
+        problems.append(
+            f"init_lora_weights={init!r} changes the base model's weights; convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    return problems
+
+
+class _FieldReader:
+    """Reads typed fields; a field of the wrong type becomes a problem and a harmless default."""
+
+    def __init__(self, document: dict[str, Any], problems: list[str]) -> None:
+        self._document = document
+        self._problems = problems
+
+    def rank(self, name: str, value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK:
+            return value
+        self._problems.append(f"{name} is {value!r}, must be an integer from 1 to {_MAX_RANK}")
+        return 1
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+        self._problems.append(f"{name} is {value!r}, must be a finite number")
+        return 0.0
+
+    def flag(self, name: str) -> bool:
+        value = self._document.get(name) or False
+        if not isinstance(value, bool):
+            self._problems.append(f"{name} is {value!r}, must be true or false")
+        return bool(value)
+
+    def pattern(self, name: str, read: Any) -> dict[str, Any]:
+        value = self._document.get(name) or {}
+        if not isinstance(value, dict):
+            self._problems.append(f"{name} is {value!r}, must be an object")
+            return {}
+        return {key: read(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+
+    def names(self, name: str) -> str | tuple[str, ...]:
+        value = self._document.get(name)
+        return value if isinstance(value, str) else self.name_list(name)
+
+    def name_list(self, name: str) -> tuple[str, ...]:
+        value = self._document.get(name) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+            self._problems.append(f"{name} is {value!r}, must be a list of names")
+            return ()
+        return tuple(dict.fromkeys(value))
+
+    def indices(self, name: str) -> tuple[int, ...]:
+        value = self._document.get(name)
+        value = [] if value is None else [value] if isinstance(value, int) else value
+        if not isinstance(value, list) or not all(isinstance(entry, int) for entry in value):
+            self._problems.append(f"{name} is {value!r}, must be a list of layer numbers")
+            return ()
+        return tuple(value)

@@ -1,0 +1,56 @@
+"""What validation needs to know of a base model: names and shapes, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A module LoRA can target: ``y = x W^T`` with ``W`` of (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Shapes of one base model under one task's head.
+
+    ``label_axes``: parameters whose shape follows the number of labels -> the axis that does.
+    ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an adapter
+    must bring its own.
+    """
+
+    model_type: str
+    num_labels: int
+    linears: Mapping[str, LinearSpec]
+    parameters: Mapping[str, Shape]
+    label_axes: Mapping[str, int]
+    untrained: frozenset[str]
+
+    def has_module(self, path: str) -> bool:
+        """Whether a module of that dotted path holds parameters."""
+        return any(name.startswith(path + ".") for name in self.parameters)
+
+    def parameters_of(self, path: str) -> dict[str, Shape]:
+        """Shapes of a module's parameters by their full names."""
+        return {name: shape for name, shape in self.parameters.items() if name.startswith(path + ".")}
+
+    def module_paths(self) -> set[str]:
+        """Dotted paths of all modules that hold parameters, inner ones included."""
+        paths = set()
+        for name in self.parameters:
+            parts = name.split(".")
+            paths.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return paths
+
+    def shape_with_labels(self, parameter: str, num_labels: int) -> Shape:
+        """Shape of ``parameter`` in a model of ``num_labels`` labels."""
+        shape = list(self.parameters[parameter])
+        if parameter in self.label_axes:
+            shape[self.label_axes[parameter]] = num_labels
+        return tuple(shape)

@@ -1,0 +1,58 @@
+"""An adapter directory's optional ``config.json``: label names and activation, which PEFT does not keep.
+
+The file is Hugging Face's own model config, so what ``model.config.save_pretrained(adapter_dir)`` writes will do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from adapter_router.types import Activation
+
+ACTIVATIONS: dict[str | None, Activation] = {
+    None: "softmax",
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """``labels`` None: the file names none."""
+
+    labels: tuple[str, ...] | None = None
+    activation: Activation | None = None
+    model_type: str | None = None
+
+
+def parse_head_config(raw: bytes | None) -> tuple[HeadConfig, list[str]]:
+    """The head's configuration and every problem with it; an absent file is an empty configuration."""
+    if raw is None:
+        return HeadConfig(), []
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return HeadConfig(), [f"config.json is not JSON: {error}"]
+    if not isinstance(document, dict):
+        return HeadConfig(), ["config.json is not a JSON object"]
+    labels, problems = _labels(document.get("id2label"))
+    problem_type = document.get("problem_type")
+    if problem_type not in ACTIVATIONS:
+        problems.append(f"config.json: problem_type {problem_type!r} is none of {list(ACTIVATIONS)[1:]}")
+    activation = ACTIVATIONS.get(problem_type) if problem_type is not None else None
+    return HeadConfig(labels, activation, document.get("model_type")), problems
+
+
+def _labels(id2label: Any) -> tuple[tuple[str, ...] | None, list[str]]:
+    if id2label is None:
+        return None, []
+    try:
+        names = {int(index): str(name) for index, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        return None, ["config.json: id2label is not an object of index -> name"]
+    if sorted(names) != list(range(len(names))):
+        return None, [f"config.json: id2label has the indices {sorted(names)}, expected 0 to {len(names) - 1}"]
+    return tuple(names[index] for index in range(len(names))), []

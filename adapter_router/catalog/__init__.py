@@ -1,0 +1,1 @@
+"""What adapters exist, and the private copies of their files. No torch."""

@@ -1,0 +1,151 @@
+"""Content-addressed store: private, immutable copies of adapter directories.
+
+Adapters are never served from the directory a caller named: a file truncated under a memory map kills the process,
+and one rewritten in place changes weights already loaded. A copy is staged, hashed while it is written, and moved
+into place under its digest in one rename, so several processes of a node may share a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_router.errors import AdapterRejected, AdapterUnavailable
+from adapter_router.types import AdapterFiles
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_HEAD_CONFIG = "config.json"
+_REQUIRED = (_CONFIG, _WEIGHTS)
+_FILES = (*_REQUIRED, _HEAD_CONFIG)
+_MAX_CONFIG_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's private copy: ``digest`` (``sha256:…``) of its files and the ``directory`` that holds them."""
+
+    digest: str
+    directory: Path
+
+    def read(self) -> AdapterFiles:
+        """The files' contents, verified against the digest.
+
+        Raises AdapterUnavailable when the copy is gone or is no longer what was admitted.
+        """
+        try:
+            paths = [self.directory / name for name in _FILES]
+            files = {path.name: path.read_bytes() for path in paths if path.name in _REQUIRED or path.exists()}
+        except OSError as error:
+            raise AdapterUnavailable(f"stored adapter {self.digest} cannot be read: {error.strerror}") from error
+        hasher = _ContentHash()
+        for name, content in files.items():
+            hasher.start_file(name)
+            hasher.update(content)
+        if hasher.digest() != self.digest:
+            raise AdapterUnavailable(f"stored adapter {self.digest} was changed on disk; load it again")
+        return AdapterFiles(files[_CONFIG], files[_WEIGHTS], files.get(_HEAD_CONFIG))
+
+
+class ContentStore:
+    """Directory of adapters by digest; the only writer of what lies under ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def admit(self, source: str | os.PathLike[str]) -> StoredAdapter:
+        """Copy the adapter directory ``source`` into the store; admitting the same content twice is free of effect.
+
+        Raises AdapterRejected with every problem of the directory itself.
+        """
+        directory = Path(source)
+        problems = _directory_problems(directory)
+        if problems:
+            raise AdapterRejected.because(problems)
+        staging = Path(tempfile.mkdtemp(dir=self.root, prefix=".staging-"))
+        try:
+            hasher = _ContentHash()
+            for name in _FILES:
+                if (directory / name).exists():
+                    hasher.start_file(name)
+                    _copy(directory / name, staging / name, hasher)
+            return self._publish(staging, hasher.digest())
+        except OSError as error:
+            raise AdapterRejected.because([f"{source} cannot be copied: {error.strerror}"]) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _publish(self, staging: Path, digest: str) -> StoredAdapter:
+        stored = StoredAdapter(digest, self.root / digest.replace(":", "-"))
+        try:
+            staging.rename(stored.directory)
+        except OSError:
+            if not stored.directory.is_dir():
+                raise
+            self._replace_if_damaged(staging, stored)
+        return stored
+
+    def _replace_if_damaged(self, staging: Path, stored: StoredAdapter) -> None:
+        try:
+            stored.read()
+        except AdapterUnavailable:
+            for path in staging.iterdir():
+                path.replace(stored.directory / path.name)
+
+
+class _ContentHash:
+    """sha256 over file names and contents, framed so that no two directories share a stream."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[str, hashlib._Hash]] = []
+
+    def start_file(self, name: str) -> None:
+        self._files.append((name, hashlib.sha256()))
+
+    def update(self, data: bytes) -> None:
+        self._files[-1][1].update(data)
+
+    def digest(self) -> str:
+        listing = "".join(f"{name} {content.hexdigest()}\n" for name, content in self._files)
+        return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _directory_problems(directory: Path) -> list[str]:
+    if not directory.is_dir():
+        return [f"{directory} is not a directory"]
+    problems = []
+    for name in _REQUIRED:
+        if not (directory / name).exists():
+            problems.append(f"{name} is missing" + _pickle_advice(directory, name))
+    for name in _FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            problems.append(f"{name} is not a regular file")
+        elif name != _WEIGHTS and status.st_size > _MAX_CONFIG_BYTES:
+            problems.append(f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
+    return problems
+
+
+def _pickle_advice(directory: Path, name: str) -> str:
+    if name == _WEIGHTS and (directory / "adapter_model.bin").exists():
+        return "; adapter_model.bin is a pickle and is never read: save it again with safe_serialization=True"
+    return ""
+
+
+def _copy(source: Path, target: Path, hasher: _ContentHash) -> None:
+    # O_NONBLOCK: should the path have become a FIFO since it was checked, fail instead of hanging.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+            writer.write(chunk)

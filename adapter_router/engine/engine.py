@@ -1,0 +1,288 @@
+"""The engine: any mix of adapters in one forward pass of one base model, each row exactly as if alone."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from adapter_router.adapters.validate import AdapterTensors
+from adapter_router.catalog.store import ContentStore, StoredAdapter
+from adapter_router.config import EngineConfig
+from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.inputs import EncodedRow
+from adapter_router.engine.plan import BatchPlan, sorted_order
+from adapter_router.engine.residency import Residency
+from adapter_router.engine.resident import ResidentAdapter, device_bytes
+from adapter_router.engine.tasks import classify
+from adapter_router.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRouterError,
+    InternalError,
+    InvalidRequest,
+    TaskMismatch,
+)
+from adapter_router.metrics import EngineMetrics
+from adapter_router.types import AdapterVersion, Array, LoadReport, Row, RowResult, TaskKind
+
+logger = logging.getLogger(__name__)
+
+RowOutcome = RowResult | AdapterRouterError
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One encoded row on its way; ``version`` None is the bare base."""
+
+    index: int
+    row: Row
+    encoded: EncodedRow
+    version: AdapterVersion | None
+
+
+class Engine:
+    """One base model and the adapters on it. Every method may be called from any thread."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the base. Raises ValueError or OSError when it cannot be had as configured."""
+        self.config = config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._scratch = None if config.store_dir else tempfile.mkdtemp(prefix="adapter-router-")
+        self._store = ContentStore(Path(config.store_dir or self._scratch or ""))
+        self.base = BaseModel(config)
+        self.metrics = EngineMetrics()
+        self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
+        self._registered: dict[str, AdapterVersion] = {}
+        self._registry_lock = threading.Lock()
+        self._forward_lock = threading.Lock()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop loading and free memory and scratch files."""
+        self._residency.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def load_adapter(
+        self, adapter: str, directory: str | Path, task: TaskKind | None = None, labels: Sequence[str] | None = None
+    ) -> LoadReport:
+        """Register the PEFT directory ``directory`` as ``adapter`` and make it resident.
+
+        ``labels`` overrides the names in the directory's ``config.json``. Raises AdapterExists when the name is
+        taken and AdapterRejected with every problem, in both cases without effect.
+        """
+        if not adapter:
+            raise InvalidRequest("the adapter's name is empty", "adapter")
+        with self._registry_lock:
+            if adapter in self._registered:
+                raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
+        report = self.admit(adapter, self._store.admit(directory), task, labels)
+        with self._registry_lock:
+            if adapter in self._registered:
+                raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
+            self._registered[adapter] = report.version
+        return report
+
+    def unload_adapter(self, adapter: str) -> None:
+        """Forget ``adapter``; rows already accepted finish. Raises AdapterNotFound."""
+        with self._registry_lock:
+            version = self._registered.pop(adapter, None)
+            if version is None:
+                raise AdapterNotFound(f"no adapter is named {adapter!r}", "adapter")
+            shared = any(other.digest == version.digest for other in self._registered.values())
+        if not shared:
+            self.evict(version.digest)
+
+    def admit(
+        self, adapter: str, stored: StoredAdapter, task: TaskKind | None = None, labels: Sequence[str] | None = None
+    ) -> LoadReport:
+        """Check ``stored`` against the base and make it resident, without registering a name for it.
+
+        Raises AdapterRejected with every problem.
+        """
+        tensors = self._residency.register(stored, tuple(labels) if labels is not None else None)
+        version = AdapterVersion(
+            adapter, stored.digest, stored.directory, task or "text-classification", tensors.labels, tensors.activation
+        )
+        logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(tensors.pairs) + len(tensors.saved))
+        return self._report(version, tensors)
+
+    def evict(self, digest: str) -> None:
+        """Free the device memory of an idle adapter; it is read again when a row asks for it."""
+        self._residency.drop(digest)
+
+    def resident(self) -> list[str]:
+        """Digests of the adapters on the device, least recently used first."""
+        return self._residency.resident()
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def infer(self, rows: Sequence[Row]) -> list[RowOutcome]:
+        """Answer ``rows`` in order; a row that failed has its error in its place."""
+        with self._registry_lock:
+            registered = dict(self._registered)
+        known: list[Row] = []
+        outcomes: dict[int, RowOutcome] = {}
+        for index, row in enumerate(rows):
+            if row.adapter is None or row.adapter in registered:
+                known.append(row)
+            else:
+                outcomes[index] = AdapterNotFound(f"no adapter is named {row.adapter!r}", "adapter")
+        answered = iter(self.infer_versions(known, [registered[r.adapter] if r.adapter else None for r in known]))
+        return [outcomes[index] if index in outcomes else next(answered) for index in range(len(rows))]
+
+    def infer_versions(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> list[RowOutcome]:
+        """``infer`` with the version of each row named by the caller; None is the bare base."""
+        outcomes: dict[int, RowOutcome] = {}
+        jobs = []
+        for index, (row, version) in enumerate(zip(rows, versions, strict=True)):
+            try:
+                jobs.append(self._encode(index, row, version))
+            except AdapterRouterError as error:
+                outcomes[index] = error
+        # Rows of like length share a forward, so that a long one costs the others little padding.
+        jobs.sort(key=lambda job: job.encoded.num_tokens)
+        for start in range(0, len(jobs), self.config.max_batch_rows):
+            self._run(jobs[start : start + self.config.max_batch_rows], outcomes)
+        return [outcomes[index] for index in range(len(rows))]
+
+    def _encode(self, index: int, row: Row, version: AdapterVersion | None) -> _Job:
+        task = version.task if version else "text-classification"
+        if row.task is not None and row.task != task:
+            raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
+        if version is None and self.base.spec.untrained:
+            raise TaskMismatch("the bare base has no trained head for text-classification; name an adapter", "adapter")
+        return _Job(index, row, self.base.encoder.encode(row), version)
+
+    def _run(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> None:
+        """Answer ``jobs``: resident adapters at once, cold ones as the loader brings them in."""
+        leased: dict[str, ResidentAdapter] = {}
+        for digest, version in _versions(jobs).items():
+            resident = self._residency.try_acquire(digest)
+            if resident is not None:
+                leased[digest] = resident
+            else:
+                self._residency.prefetch(version)
+        bare = [job for job in jobs if job.version is None]
+        ready, waiting = _split([job for job in jobs if job.version], leased)
+        self.metrics.hits.inc(len(ready))
+        self.metrics.misses.inc(len(waiting))
+        self._forward_leased([*bare, *ready], leased, outcomes)
+        while waiting:
+            waiting = self._run_cold(waiting, outcomes)
+
+    def _run_cold(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> list[_Job]:
+        """Wait for one adapter, answer its rows and those of whatever else has come in; returns the rest."""
+        versions = _versions(jobs)
+        first, version = versions.popitem()
+        leased: dict[str, ResidentAdapter] = {}
+        try:
+            leased[first] = self._residency.acquire(version)
+        except AdapterRouterError as error:
+            failed, rest = _split(jobs, {first})
+            outcomes.update({job.index: error for job in failed})
+            return rest
+        for digest in versions:
+            resident = self._residency.try_acquire(digest)
+            if resident is not None:
+                leased[digest] = resident
+        ready, rest = _split(jobs, leased)
+        self._forward_leased(ready, leased, outcomes)
+        return rest
+
+    def _forward_leased(
+        self, jobs: Sequence[_Job], leased: dict[str, ResidentAdapter], outcomes: dict[int, RowOutcome]
+    ) -> None:
+        try:
+            if jobs:
+                adapters = [leased[job.version.digest] if job.version else None for job in jobs]
+                self._forward_or_split(jobs, adapters, outcomes)
+        finally:
+            for digest in leased:
+                self._residency.release(digest)
+
+    def _forward_or_split(
+        self, jobs: Sequence[_Job], adapters: Sequence[ResidentAdapter | None], outcomes: dict[int, RowOutcome]
+    ) -> None:
+        """One forward; when it raises, halves of it, so that only the row to blame fails."""
+        try:
+            logits = self._forward(jobs, adapters)
+        except Exception as error:
+            if len(jobs) == 1:
+                logger.exception("row of adapter %s failed", jobs[0].row.adapter)
+                outcomes[jobs[0].index] = InternalError(f"the forward pass failed: {type(error).__name__}")
+                return
+            middle = len(jobs) // 2
+            self._forward_or_split(jobs[:middle], adapters[:middle], outcomes)
+            self._forward_or_split(jobs[middle:], adapters[middle:], outcomes)
+            return
+        for job, adapter, row_logits in zip(jobs, adapters, logits, strict=True):
+            num_labels = adapter.num_labels if adapter else self.base.spec.num_labels
+            outcomes[job.index] = self._answer(job, row_logits[:num_labels])
+
+    def _forward(self, jobs: Sequence[_Job], adapters: Sequence[ResidentAdapter | None]) -> Array:
+        """Logits of (rows, widest head) in the order of ``jobs``."""
+        order = sorted_order(adapters)
+        plan = BatchPlan([adapters[row] for row in order])
+        features = self.base.encoder.collate([jobs[row].encoded for row in order], self.base.device)
+        with self._forward_lock:
+            start = time.perf_counter()
+            logits = self.base.forward(features, plan).float().cpu().numpy()
+            self.metrics.forward_seconds.observe(time.perf_counter() - start)
+        self.metrics.forwards.inc()
+        self.metrics.forward_rows.observe(len(jobs))
+        self.metrics.forward_adapters.observe(len({id(adapter) for adapter in adapters}))
+        unsorted = np.empty_like(logits)
+        unsorted[order] = logits
+        return unsorted
+
+    def _answer(self, job: _Job, logits: Array) -> RowOutcome:
+        if not np.isfinite(logits).all():
+            return InternalError("the model's output is not finite")
+        version = job.version
+        activation = version.activation if version else self.base.activation
+        if job.row.parameters.get("use_activation") is False:
+            activation = "none"
+        labels = version.labels if version else self.base.labels
+        digest = version.digest if version else self.base.fingerprint
+        output = classify(logits, labels, activation)
+        return RowResult(output, logits, job.row.adapter, digest, job.encoded.num_tokens)
+
+    def _report(self, version: AdapterVersion, tensors: AdapterTensors) -> LoadReport:
+        saved = sum(len(parameters) for parameters in tensors.saved.values())
+        return LoadReport(
+            version=version,
+            tensors_applied=2 * len(tensors.pairs) + saved,
+            modules=(*tensors.pairs, *tensors.saved),
+            ranks=tuple(sorted({pair.rank for pair in tensors.pairs.values()})),
+            num_bytes=device_bytes(tensors, self.base.dtype),
+            warnings=tensors.warnings,
+        )
+
+
+def _split(jobs: Sequence[_Job], digests: Container[str]) -> tuple[list[_Job], list[_Job]]:
+    """Jobs whose adapter is among ``digests``, and the others."""
+    ready = [job for job in jobs if job.version and job.version.digest in digests]
+    return ready, [job for job in jobs if not (job.version and job.version.digest in digests)]
+
+
+def _versions(jobs: Sequence[_Job]) -> dict[str, AdapterVersion]:
+    return {job.version.digest: job.version for job in jobs if job.version}

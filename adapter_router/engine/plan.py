@@ -1,0 +1,83 @@
+"""Which rows of the running batch belong to which adapter. Built once a batch, read by every grouped layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from adapter_router.engine.kernels import LoraSegment
+from adapter_router.engine.resident import ResidentAdapter
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start`` to ``stop`` of a batch, all of one adapter; None is the bare base."""
+
+    start: int
+    stop: int
+    adapter: ResidentAdapter | None
+
+
+class BatchPlan:
+    """Segments of a batch whose rows lie sorted by adapter. Immutable."""
+
+    def __init__(self, adapters: Sequence[ResidentAdapter | None]) -> None:
+        """``adapters``: one a row, equal ones adjacent."""
+        self.num_rows = len(adapters)
+        self.segments: list[Segment] = []
+        start = 0
+        for _, rows in groupby(adapters, key=id):
+            members = list(rows)
+            self.segments.append(Segment(start, start + len(members), members[0]))
+            start += len(members)
+
+    def lora(self, path: str) -> list[LoraSegment]:
+        """Segments whose adapter has LoRA on the module ``path``."""
+        found = []
+        for segment in self.segments:
+            factors = segment.adapter.lora.get(path) if segment.adapter else None
+            if factors is not None:
+                found.append(LoraSegment(segment.start, segment.stop, factors.a, factors.b))
+        return found
+
+    def heads(self, path: str) -> list[tuple[nn.Module | None, list[Segment]]]:
+        """Who runs the module ``path`` on which rows: an adapter's own copy, or None for the base's."""
+        shared = [s for s in self.segments if s.adapter is None or path not in s.adapter.heads]
+        own = [(s.adapter.heads[path], [s]) for s in self.segments if s.adapter and path in s.adapter.heads]
+        return [(None, shared), *own] if shared else [*own]
+
+    def narrowed(self, segments: Sequence[Segment]) -> BatchPlan:
+        """The plan of a batch that holds only ``segments``' rows."""
+        return BatchPlan([s.adapter for s in segments for _ in range(s.start, s.stop)])
+
+
+def sorted_order(adapters: Sequence[ResidentAdapter | None]) -> list[int]:
+    """Row numbers in plan order: adapters of one rank side by side, rows of one adapter adjacent."""
+    return sorted(range(len(adapters)), key=lambda row: _rank_and_digest(adapters[row]))
+
+
+def _rank_and_digest(adapter: ResidentAdapter | None) -> tuple[int, str]:
+    return (adapter.max_rank, adapter.digest) if adapter else (0, "")
+
+
+class ActivePlan:
+    """The plan of the forward that is running on one base model, None between forwards.
+
+    Owned by one engine and read by that engine's layers, so two engines in one process do not meet.
+    """
+
+    def __init__(self) -> None:
+        self.plan: BatchPlan | None = None
+
+    @contextmanager
+    def running(self, plan: BatchPlan) -> Iterator[None]:
+        """Make ``plan`` the active one, and the outer one again afterwards."""
+        outer, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = outer

@@ -1,0 +1,177 @@
+"""Adapters on the device: read, validated and installed by one loader thread, leased to forwards, evicted when idle.
+
+The forward thread never loads. A thread that waits for an adapter holds no lease while it waits, and a lease is only
+held across a forward, so room always comes free and waiting threads cannot block each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from adapter_router.adapters.validate import AdapterTensors, validate
+from adapter_router.catalog.store import StoredAdapter
+from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.resident import LoraFactors, ResidentAdapter, device_bytes
+from adapter_router.engine.slots import SlotTable
+from adapter_router.errors import AdapterRejected, AdapterRouterError, InternalError
+from adapter_router.metrics import EngineMetrics
+from adapter_router.types import AdapterVersion
+
+logger = logging.getLogger(__name__)
+
+
+class Residency:
+    """Which adapters are on the device, by digest. Thread-safe."""
+
+    def __init__(self, base: BaseModel, budget_bytes: int, metrics: EngineMetrics) -> None:
+        self._base = base
+        self._metrics = metrics
+        self._slots = SlotTable(budget_bytes)
+        self._resident: dict[str, ResidentAdapter] = {}
+        self._loading: dict[str, Future[None]] = {}
+        self._waiting: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+
+    def register(self, stored: StoredAdapter, labels: tuple[str, ...] | None) -> AdapterTensors:
+        """Validate ``stored`` against the base and install it; blocks the caller, not the forward.
+
+        Raises AdapterRejected with every problem; nothing is installed then.
+        """
+        return self._loader.submit(self._load, stored, labels).result()
+
+    def acquire(self, version: AdapterVersion) -> ResidentAdapter:
+        """Lease the adapter, loading it first when it is cold. Raises AdapterUnavailable or AdapterRejected."""
+        with self._changed:
+            resident = self._lease(version.digest)
+            if resident is not None:
+                return resident
+            self._waiting[version.digest] += 1
+            future = self._start_loading(version)
+        future.result()  # the loader has leased the slot for every thread that waited
+        with self._changed:
+            return self._resident[version.digest]
+
+    def try_acquire(self, digest: str) -> ResidentAdapter | None:
+        """Lease the adapter if it is resident."""
+        with self._changed:
+            return self._lease(digest)
+
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Start loading a cold adapter; what goes wrong is told to whoever acquires it."""
+        with self._changed:
+            if version.digest not in self._resident:
+                self._start_loading(version)
+
+    def release(self, digest: str) -> None:
+        """Give one lease back."""
+        with self._changed:
+            self._slots.release(digest)
+            self._changed.notify_all()
+
+    def drop(self, digest: str) -> None:
+        """Free an adapter's memory now; one that is in use is left to eviction."""
+        with self._changed:
+            if digest in self._resident and not self._slots.leased(digest):
+                self._evict(digest)
+
+    def resident(self) -> list[str]:
+        """Digests on the device, least recently used first."""
+        with self._changed:
+            return [digest for digest in self._slots.resident() if digest in self._resident]
+
+    def close(self) -> None:
+        """Stop the loader thread and free the device."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._resident.clear()
+
+    def _lease(self, digest: str) -> ResidentAdapter | None:
+        resident = self._resident.get(digest)
+        if resident is not None:
+            self._slots.lease(digest)
+        return resident
+
+    def _start_loading(self, version: AdapterVersion) -> Future[None]:
+        if version.digest not in self._loading:
+            stored = StoredAdapter(version.digest, Path(version.directory))
+            self._loading[version.digest] = self._loader.submit(self._load_waited, stored)
+        return self._loading[version.digest]
+
+    def _load_waited(self, stored: StoredAdapter) -> None:
+        try:
+            if stored.digest not in self._resident:
+                self._load(stored, None)
+        except BaseException:
+            with self._changed:
+                self._waiting.pop(stored.digest, None)
+                del self._loading[stored.digest]
+            raise
+        with self._changed:
+            del self._loading[stored.digest]
+
+    def _load(self, stored: StoredAdapter, labels: tuple[str, ...] | None) -> AdapterTensors:
+        start = time.perf_counter()
+        try:
+            tensors = validate(stored.read(), self._base.spec, labels)
+            self._install(stored.digest, tensors)
+        except AdapterRouterError as error:
+            self._metrics.load_failed(error)
+            raise
+        except Exception as error:
+            logger.exception("loading adapter %s failed", stored.digest)
+            failure = InternalError(f"loading the adapter failed: {type(error).__name__}")
+            self._metrics.load_failed(failure)
+            raise failure from error
+        self._metrics.loaded(time.perf_counter() - start)
+        return tensors
+
+    def _install(self, digest: str, tensors: AdapterTensors) -> None:
+        num_bytes = device_bytes(tensors, self._base.dtype)
+        if num_bytes > self._slots.budget_bytes:
+            raise AdapterRejected.because(
+                [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]
+            )
+        with self._changed:
+            if digest in self._resident:
+                return
+            self._make_room(num_bytes)
+            self._slots.add(digest, num_bytes)
+        try:
+            resident = self._place(digest, tensors, num_bytes)
+        except BaseException:
+            with self._changed:
+                self._slots.remove(digest)
+            raise
+        with self._changed:
+            self._resident[digest] = resident
+            for _ in range(self._waiting.pop(digest, 0)):
+                self._slots.lease(digest)
+            self._metrics.resident(self._slots.used_bytes, len(self._resident))
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict until ``num_bytes`` fit, waiting for leases to come back where they must."""
+        while (victims := self._slots.room_for(num_bytes)) is None:
+            self._changed.wait()
+        for victim in victims:
+            self._evict(victim)
+            self._metrics.evictions.inc()
+
+    def _evict(self, digest: str) -> None:
+        del self._resident[digest]
+        self._slots.remove(digest)
+        self._metrics.resident(self._slots.used_bytes, len(self._resident))
+
+    def _place(self, digest: str, tensors: AdapterTensors, num_bytes: int) -> ResidentAdapter:
+        lora = {path: LoraFactors.of(pair, self._base.device) for path, pair in tensors.pairs.items()}
+        heads = {
+            path: self._base.build_head(path, parameters, tensors.num_labels)
+            for path, parameters in tensors.saved.items()
+        }
+        for path in heads:
+            self._base.group_module(path)
+        return ResidentAdapter(digest, lora, heads, tensors.num_labels, num_bytes)

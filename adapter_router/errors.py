@@ -1,0 +1,115 @@
+"""Every error a caller can meet, as one tree; each class carries its code, HTTP status and whether a retry helps.
+
+    AdapterRouterError
+    ├── InvalidRequest            400  the request or one row of it is malformed
+    │   └── InputTooLong          400  more tokens than the base model takes
+    ├── AdapterExists             400  the name is registered already
+    ├── AdapterNotFound           404  no adapter or base of that name
+    ├── TaskMismatch              422  the adapter serves another task than the one asked for
+    ├── AdapterRejected           422  the adapter cannot be served exactly; ``problems`` lists every reason
+    ├── InternalError             500  our fault; nothing about it is the caller's
+    ├── Overloaded                503  the queue is full
+    ├── AdapterUnavailable        503  a registered adapter could not be read just now
+    └── ReplicaLost               503  the replica died, and so did the one that took over
+
+Errors travel between processes (Ray pickles them) and stand in the place of a failed row's result, so a
+constructor takes only positional, picklable arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class AdapterRouterError(Exception):
+    """Base of the tree. ``str(error)`` is the message: what is wrong, the limit, and how to mend it."""
+
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "InternalServerError"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, param: str | None = None, problems: Sequence[str] = ()) -> None:
+        super().__init__(message, param, tuple(problems))
+        self.message = message
+        self.param = param
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, Any]:
+        """The error as the JSON body of an HTTP answer."""
+        error: dict[str, Any] = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        if self.problems:
+            error["problems"] = list(self.problems)
+        return {"error": error}
+
+
+class InvalidRequest(AdapterRouterError):
+    code = "invalid_request"
+    type = "BadRequestError"
+    status = 400
+
+
+class InputTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class AdapterExists(AdapterRouterError):
+    code = "adapter_exists"
+    type = "InvalidUserInput"
+    status = 400
+
+
+class AdapterNotFound(AdapterRouterError):
+    code = "model_not_found"
+    type = "NotFoundError"
+    status = 404
+
+
+class TaskMismatch(AdapterRouterError):
+    code = "task_mismatch"
+    type = "UnprocessableEntityError"
+    status = 422
+
+
+class AdapterRejected(AdapterRouterError):
+    """``problems`` holds every reason found, not only the first; nothing was registered."""
+
+    code = "adapter_invalid"
+    type = "UnprocessableEntityError"
+    status = 422
+
+    @classmethod
+    def because(cls, problems: Sequence[str]) -> AdapterRejected:
+        """An error whose message repeats ``problems``, one a line."""
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        return cls(f"adapter refused ({count}):\n{listed}", None, tuple(problems))
+
+
+class InternalError(AdapterRouterError):
+    pass
+
+
+class Overloaded(AdapterRouterError):
+    code = "overloaded"
+    type = "ServiceUnavailableError"
+    status = 503
+    retryable = True
+
+
+class AdapterUnavailable(AdapterRouterError):
+    code = "adapter_unavailable"
+    type = "ServiceUnavailableError"
+    status = 503
+    retryable = True
+
+
+class ReplicaLost(AdapterRouterError):
+    code = "replica_lost"
+    type = "ServiceUnavailableError"
+    status = 503
+    retryable = True

@@ -1,0 +1,96 @@
+"""What crosses our boundaries: rows in, results out, and the adapter version that answers. No torch, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+TaskKind = Literal["text-classification"]
+TASK_KINDS: tuple[TaskKind, ...] = ("text-classification",)
+
+Activation = Literal["softmax", "sigmoid", "none"]
+"""How logits become scores: one label of many, any number of labels, or regression."""
+
+Array = npt.NDArray[Any]
+Inputs = str | Mapping[str, Array]
+"""Text, or the model's own features by name as 1-D arrays of one length (``input_ids``, ``attention_mask``…)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input for one adapter.
+
+    ``adapter`` None means the bare base. ``task`` is only needed where it cannot be inferred.
+    ``parameters``: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of
+    refusing it; ``use_activation`` (bool, default True) False gives raw logits as ``probs``.
+    """
+
+    inputs: Inputs
+    adapter: str | None = None
+    task: TaskKind | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Classification(TypedDict):
+    """Answer of ``text-classification``; ``label`` and ``score`` belong to the highest of ``probs``."""
+
+    label: str
+    score: float
+    probs: list[float]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One answered row.
+
+    ``logits`` is the base architecture's raw output for this row under its adapter, unpadded: ``(labels,)`` for
+    text classification. ``version`` names the adapter's exact content (``sha256:…``; the base's for a bare row).
+    """
+
+    output: Classification
+    logits: Array
+    adapter: str | None
+    version: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Contents of an adapter directory: ``adapter_config.json``, ``adapter_model.safetensors``, ``config.json``."""
+
+    config: bytes
+    weights: bytes
+    head_config: bytes | None = None
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable version of one adapter: all that a replica needs to read and serve it.
+
+    ``digest`` is the content hash of ``directory``, a private copy that nobody else writes.
+    """
+
+    adapter: str
+    digest: str
+    directory: Path
+    task: TaskKind
+    labels: tuple[str, ...]
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a successful load did. ``num_bytes`` is what the adapter holds on its device."""
+
+    version: AdapterVersion
+    tensors_applied: int
+    modules: tuple[str, ...]
+    ranks: tuple[int, ...]
+    num_bytes: int
+    warnings: tuple[str, ...]
