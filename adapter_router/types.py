@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import numpy as np
 import numpy.typing as npt
+
+from adapter_router.errors import AdapterRouterError
 
 TaskKind = Literal["text-classification"]
 TASK_KINDS: tuple[TaskKind, ...] = ("text-classification",)
@@ -58,6 +59,23 @@ class RowResult:
     adapter: str | None
     version: str
     num_tokens: int
+    replica: str | None = None
+
+
+RowOutcome = RowResult | AdapterRouterError
+"""A row's answer, or the error that stands in its place."""
+
+
+@dataclass(frozen=True)
+class ShardReply:
+    """A replica's answer to one shard: outcomes in the shard's order, and what the replica holds now.
+
+    ``load_s``: mean time the replica needs to load an adapter.
+    """
+
+    outcomes: list[RowOutcome]
+    resident: frozenset[str]
+    load_s: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,17 @@ class AdapterVersion:
     task: TaskKind
     labels: tuple[str, ...]
     activation: Activation
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base model as replicas serve it; ``labels`` None: it has no trained head of its own."""
+
+    name: str
+    fingerprint: str
+    model_type: str
+    labels: tuple[str, ...] | None
+    max_tokens: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from adapter_router.adapters.validate import AdapterTensors
+from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
@@ -33,11 +34,9 @@ from adapter_router.errors import (
     TaskMismatch,
 )
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion, Array, LoadReport, Row, RowResult, TaskKind
+from adapter_router.types import AdapterVersion, Array, BaseInfo, LoadReport, Row, RowOutcome, RowResult, TaskKind
 
 logger = logging.getLogger(__name__)
-
-RowOutcome = RowResult | AdapterRouterError
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Engine:
         self.base = BaseModel(config)
         self.metrics = EngineMetrics()
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
-        self._registered: dict[str, AdapterVersion] = {}
-        self._registry_lock = threading.Lock()
+        self._catalog = Catalog()
         self._forward_lock = threading.Lock()
 
     def __enter__(self) -> Engine:
@@ -89,26 +87,15 @@ class Engine:
         ``labels`` overrides the names in the directory's ``config.json``. Raises AdapterExists when the name is
         taken and AdapterRejected with every problem, in both cases without effect.
         """
-        if not adapter:
-            raise InvalidRequest("the adapter's name is empty", "adapter")
-        with self._registry_lock:
-            if adapter in self._registered:
-                raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
+        self._catalog.check_free(adapter)
         report = self.admit(adapter, self._store.admit(directory), task, labels)
-        with self._registry_lock:
-            if adapter in self._registered:
-                raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
-            self._registered[adapter] = report.version
+        self._catalog.add(report.version)
         return report
 
     def unload_adapter(self, adapter: str) -> None:
         """Forget ``adapter``; rows already accepted finish. Raises AdapterNotFound."""
-        with self._registry_lock:
-            version = self._registered.pop(adapter, None)
-            if version is None:
-                raise AdapterNotFound(f"no adapter is named {adapter!r}", "adapter")
-            shared = any(other.digest == version.digest for other in self._registered.values())
-        if not shared:
+        version = self._catalog.remove(adapter)
+        if not self._catalog.holds(version.digest):
             self.evict(version.digest)
 
     def admit(
@@ -133,21 +120,33 @@ class Engine:
         """Digests of the adapters on the device, least recently used first."""
         return self._residency.resident()
 
+    @property
+    def load_s(self) -> float:
+        """Running mean of the time an adapter takes to load."""
+        return self._residency.load_s
+
+    def info(self) -> BaseInfo:
+        """The base model as others need to know it."""
+        labels = None if self.base.spec.untrained else self.base.labels
+        return BaseInfo(
+            self.config.base, self.base.fingerprint, self.base.spec.model_type, labels, self.base.encoder.max_tokens
+        )
+
+    def check_forward(self, timeout_s: float) -> bool:
+        """Whether the forward pass is free within ``timeout_s``: False when one has been stuck that long."""
+        free = self._forward_lock.acquire(timeout=timeout_s)
+        if free:
+            self._forward_lock.release()
+        return free
+
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def infer(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer ``rows`` in order; a row that failed has its error in its place."""
-        with self._registry_lock:
-            registered = dict(self._registered)
-        known: list[Row] = []
-        outcomes: dict[int, RowOutcome] = {}
-        for index, row in enumerate(rows):
-            if row.adapter is None or row.adapter in registered:
-                known.append(row)
-            else:
-                outcomes[index] = AdapterNotFound(f"no adapter is named {row.adapter!r}", "adapter")
-        answered = iter(self.infer_versions(known, [registered[r.adapter] if r.adapter else None for r in known]))
-        return [outcomes[index] if index in outcomes else next(answered) for index in range(len(rows))]
+        found = [self._catalog.find(row.adapter) for row in rows]
+        known = [(row, version) for row, version in zip(rows, found, strict=True) if not isinstance(version, AdapterNotFound)]
+        answered = iter(self.infer_versions(*zip(*known, strict=True)) if known else ())
+        return [version if isinstance(version, AdapterNotFound) else next(answered) for version in found]
 
     def infer_versions(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> list[RowOutcome]:
         """``infer`` with the version of each row named by the caller; None is the bare base."""

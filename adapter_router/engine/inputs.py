@@ -46,6 +46,11 @@ class InputEncoder:
         # Fast tokenizers keep truncation settings in shared state and raise "Already borrowed" across threads.
         self._tokenizer_lock = threading.Lock()
 
+    @property
+    def max_tokens(self) -> int:
+        """Longest input the base takes, special tokens included."""
+        return self._limits.max_tokens
+
     def encode(self, row: Row) -> EncodedRow:
         """Raises InvalidRequest (or InputTooLong) with what is wrong and the limit."""
         if isinstance(row.inputs, str):

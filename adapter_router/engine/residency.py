@@ -24,11 +24,14 @@ from adapter_router.types import AdapterVersion
 
 logger = logging.getLogger(__name__)
 
+_SMOOTHING = 0.2  # weight of the newest load in the running mean
+
 
 class Residency:
     """Which adapters are on the device, by digest. Thread-safe."""
 
     def __init__(self, base: BaseModel, budget_bytes: int, metrics: EngineMetrics) -> None:
+        self.load_s = 0.05  # running mean; a guess until the first load
         self._base = base
         self._metrics = metrics
         self._slots = SlotTable(budget_bytes)
@@ -127,7 +130,9 @@ class Residency:
             failure = InternalError(f"loading the adapter failed: {type(error).__name__}")
             self._metrics.load_failed(failure)
             raise failure from error
-        self._metrics.loaded(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.load_s += _SMOOTHING * (seconds - self.load_s)
+        self._metrics.loaded(seconds)
         return tensors
 
     def _install(self, digest: str, tensors: AdapterTensors) -> None:

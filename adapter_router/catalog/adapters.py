@@ -1,0 +1,62 @@
+"""Registered adapters by name. What a name means changes in one step; versions never change."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+
+from adapter_router.errors import AdapterExists, AdapterNotFound, InvalidRequest
+from adapter_router.types import AdapterVersion
+
+
+class Catalog:
+    """Name -> version. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, AdapterVersion] = {}
+        self._lock = threading.Lock()
+
+    def check_free(self, adapter: str) -> None:
+        """Raise AdapterExists when the name is taken, InvalidRequest when it cannot be one."""
+        if not adapter or not adapter.isprintable():
+            raise InvalidRequest(f"{adapter!r} cannot name an adapter", "adapter")
+        with self._lock:
+            if adapter in self._versions:
+                raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
+
+    def add(self, version: AdapterVersion, *, replace: bool = False) -> None:
+        """Let ``version.adapter`` mean ``version`` from now on. Raises AdapterExists unless ``replace``."""
+        with self._lock:
+            if version.adapter in self._versions and not replace:
+                raise AdapterExists(f"adapter {version.adapter!r} is loaded already; unload it first", "adapter")
+            self._versions[version.adapter] = version
+
+    def remove(self, adapter: str) -> AdapterVersion:
+        """Forget a name; returns what it meant. Raises AdapterNotFound."""
+        with self._lock:
+            version = self._versions.pop(adapter, None)
+        if version is None:
+            raise self._not_found(adapter)
+        return version
+
+    def find(self, adapter: str | None) -> AdapterVersion | AdapterNotFound | None:
+        """What a row's ``adapter`` means: a version, None for the bare base, or the error to answer with."""
+        if adapter is None:
+            return None
+        return self._versions.get(adapter) or self._not_found(adapter)
+
+    def holds(self, digest: str) -> bool:
+        """Whether any name means the content ``digest``."""
+        with self._lock:
+            return any(version.digest == digest for version in self._versions.values())
+
+    def versions(self) -> list[AdapterVersion]:
+        """All versions, in the order of their names' registration."""
+        with self._lock:
+            return list(self._versions.values())
+
+    def _not_found(self, adapter: str) -> AdapterNotFound:
+        with self._lock:
+            close = difflib.get_close_matches(adapter, self._versions, n=3)
+        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+        return AdapterNotFound(f"no adapter is named {adapter!r}{hint}", "model")

@@ -1,0 +1,1 @@
+"""Which rows run together, and where. Pure asyncio: no torch, no Ray."""

@@ -1,0 +1,191 @@
+"""Router deployment: where rows of all tenants enter. Owns the catalog, the adapter store and the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import exceptions, serve
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from adapter_router.catalog.adapters import Catalog
+from adapter_router.catalog.store import ContentStore
+from adapter_router.config import RoutingConfig
+from adapter_router.errors import AdapterNotFound, AdapterRouterError, ReplicaLost
+from adapter_router.metrics import RouterMetrics, exposition, merged_exposition
+from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, RowOutcome, ShardReply, TaskKind
+from deployments import replica_view
+
+logger = logging.getLogger(__name__)
+
+_LOST = (exceptions.RayActorError, exceptions.NodeDiedError, ReplicaUnavailableError)
+_BY_VALUE_BYTES = 1 << 20  # Serve's by-value path is the faster one, and refuses messages of 4 MiB
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter to register when the router starts."""
+
+    name: str
+    path: str
+    task: TaskKind | None = None
+    labels: tuple[str, ...] | None = None
+
+
+class Router:
+    """Methods are the handle's surface: ``serve.get_app_handle("adapter-router").infer.remote(row)``."""
+
+    def __init__(
+        self, replicas: DeploymentHandle, routing: RoutingConfig, store_dir: str, adapters: Sequence[AdapterSource]
+    ) -> None:
+        self._replicas = replicas
+        self._routing = routing
+        self._store = ContentStore(Path(store_dir))
+        self._declared = adapters
+        self._catalog = Catalog()
+        self._metrics = RouterMetrics()
+        self._dispatcher: Dispatcher | None = None
+        self._base: BaseInfo | None = None
+        self._starting = asyncio.Lock()
+        self.failures: dict[str, AdapterRouterError] = {}
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    async def infer(self, row: Row) -> RowOutcome:
+        """Answer one row; an error that concerns it is returned, not raised."""
+        (outcome,) = await self.infer_many([row])
+        return outcome
+
+    async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
+        """Answer rows in order; an error stands in the place of the row it concerns."""
+        dispatcher = await self._started()
+        found = [self._find(row.adapter) for row in rows]
+        known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
+        answered = iter(await dispatcher.submit(known) if known else ())
+        return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        task: TaskKind | None = None,
+        labels: Sequence[str] | None = None,
+        replace: bool = False,
+    ) -> LoadReport | AdapterRouterError:
+        """Copy the directory ``path`` into the store, check it on a replica, and register it as ``name``.
+
+        From then on every replica, also one that starts later, can serve it. Returns the error when it is refused.
+        """
+        await self._started()
+        try:
+            return await self._load(AdapterSource(name, path, task, tuple(labels) if labels else None), replace)
+        except AdapterRouterError as error:
+            return error
+
+    async def unload_adapter(self, name: str) -> AdapterVersion | AdapterRouterError:
+        """Forget ``name``; rows already accepted finish."""
+        await self._started()
+        try:
+            version = self._catalog.remove(name)
+        except AdapterNotFound as error:
+            return error
+        if not self._catalog.holds(version.digest):
+            await asyncio.gather(*(self._call(replica, "evict", version.digest) for replica in self._living()))
+        return version
+
+    async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
+        """The base and every registered adapter."""
+        await self._started()
+        assert self._base is not None
+        return self._base, self._catalog.versions()
+
+    # -- operation -----------------------------------------------------------------------------------------------
+
+    async def ready(self) -> bool:
+        """Whether rows can be answered now."""
+        await self._started()
+        return bool(self._living())
+
+    async def metrics_text(self) -> str:
+        """Metrics of the whole application: this router's and every replica's, told apart by ``process``."""
+        await self._started()
+        living = self._living()
+        texts = await asyncio.gather(*(self._call(r, "metrics_text") for r in living), return_exceptions=True)
+        named = {f"replica:{r}": text for r, text in zip(living, texts, strict=True) if isinstance(text, str)}
+        return merged_exposition({"router": exposition(self._metrics.registry), **named})
+
+    async def _started(self) -> Dispatcher:
+        """The dispatcher, once a replica has answered and the declared adapters are in.
+
+        Not in the constructor: it may run on another event loop than the methods do.
+        """
+        async with self._starting:
+            if self._dispatcher is None:
+                self._base = await self._replicas.info.remote()
+                dispatcher = Dispatcher(self._send, self._living, self._routing, self._metrics)
+                dispatcher.refresh()
+                await asyncio.gather(*(self._load_declared(source) for source in self._declared))
+                self._dispatcher = dispatcher
+        return self._dispatcher
+
+    async def _load_declared(self, source: AdapterSource) -> None:
+        try:
+            await self._load(source, replace=True)
+        except AdapterRouterError as error:
+            logger.error("declared adapter %s cannot be served: %s", source.name, error)
+            self.failures[source.name] = error
+
+    async def _load(self, source: AdapterSource, replace: bool) -> LoadReport:
+        if not replace:
+            self._catalog.check_free(source.name)
+        stored = await asyncio.to_thread(self._store.admit, source.path)
+        report: LoadReport | AdapterRouterError = await self._replicas.admit.remote(
+            source.name, stored, source.task, source.labels
+        )
+        if isinstance(report, AdapterRouterError):
+            raise report
+        self._catalog.add(report.version, replace=replace)
+        self.failures.pop(source.name, None)
+        return report
+
+    def _find(self, adapter: str | None) -> AdapterVersion | AdapterRouterError | None:
+        if self._base is not None and adapter == self._base.name:
+            return None
+        return self.failures.get(adapter or "") or self._catalog.find(adapter)
+
+    def _living(self) -> tuple[str, ...]:
+        return replica_view.replicas(self._replicas.app_name, self._replicas.deployment_name)
+
+    async def _send(self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> ShardReply:
+        by_reference = sum(_num_bytes(row) for row in rows) > _BY_VALUE_BYTES
+        reply: ShardReply = await self._call(replica, "infer", rows, versions, by_reference=by_reference)
+        return reply
+
+    async def _call(self, replica: str, method: str, *args: Any, by_reference: bool = False) -> Any:
+        """Call one replica. Raises ReplicaLost when it is gone."""
+        handle = self._replicas.options(method_name=method, session_id=replica, _by_reference=by_reference)
+        try:
+            return await handle.remote(*args)
+        except _LOST as error:
+            raise ReplicaLost(f"replica {replica} was lost; try again") from error
+
+
+def _num_bytes(row: Row) -> int:
+    if isinstance(row.inputs, str):
+        return len(row.inputs)
+    return sum(np.asarray(array).nbytes for array in row.inputs.values())
+
+
+def current_router() -> Router:
+    """The router of the deployment that is answering the current HTTP request."""
+    router: Router = serve.get_replica_context().servable_object  # type: ignore[assignment]
+    return router

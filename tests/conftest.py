@@ -1,0 +1,50 @@
+"""Environment of every test: offline, one thread a process, Ray without authentication or telemetry."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_SERVE_LOG_TO_STDERR="0",
+)
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from adapter_router.config import EngineConfig  # noqa: E402
+from adapter_router.engine import Engine  # noqa: E402
+from deployments.demo.tenants import ADAPTERS, BASE, BASE_SHA256  # noqa: E402
+from tests.tiny import TinyBase  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    return TinyBase("bert", tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture
+def engine(tiny_bert: TinyBase, tmp_path: Path) -> Iterator[Engine]:
+    with Engine(EngineConfig(base=str(tiny_bert.directory), device="cpu", store_dir=tmp_path / "store")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[Engine]:
+    """The real MiniLM base with the four shipped adapters."""
+    with Engine(EngineConfig(base=BASE, base_sha256=BASE_SHA256, device="cpu")) as engine:
+        for name, directory in ADAPTERS.items():
+            engine.load_adapter(name, directory)
+        yield engine
