@@ -122,6 +122,8 @@ class _Merged(Collector):
         families: dict[str, Metric] = {}
         for process, text in self._texts.items():
             for family in text_string_to_metric_families(text):
+                if family.name.endswith("_created"):  # a by-product of the text format
+                    continue
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
                     merged.add_sample(sample.name, {**sample.labels, "process": process}, sample.value)

@@ -42,19 +42,18 @@ class AdapterSource:
 class Router:
     """Methods are the handle's surface: ``serve.get_app_handle("adapter-router").infer.remote(row)``."""
 
-    def __init__(
+    async def __init__(
         self, replicas: DeploymentHandle, routing: RoutingConfig, store_dir: str, adapters: Sequence[AdapterSource]
     ) -> None:
+        """Waits for a replica, then loads ``adapters``; those it must refuse are named in ``failures``."""
         self._replicas = replicas
-        self._routing = routing
         self._store = ContentStore(Path(store_dir))
-        self._declared = adapters
         self._catalog = Catalog()
         self._metrics = RouterMetrics()
-        self._dispatcher: Dispatcher | None = None
-        self._base: BaseInfo | None = None
-        self._starting = asyncio.Lock()
+        self._base: BaseInfo = await replicas.info.remote()
+        self._dispatcher = Dispatcher(self._send, self._living, routing, self._metrics)
         self.failures: dict[str, AdapterRouterError] = {}
+        await asyncio.gather(*(self._load_declared(source) for source in adapters))
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -65,10 +64,9 @@ class Router:
 
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer rows in order; an error stands in the place of the row it concerns."""
-        dispatcher = await self._started()
         found = [self._find(row.adapter) for row in rows]
         known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
-        answered = iter(await dispatcher.submit(known) if known else ())
+        answered = iter(await self._dispatcher.submit(known) if known else ())
         return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
 
     # -- adapters ------------------------------------------------------------------------------------------------
@@ -85,7 +83,6 @@ class Router:
 
         From then on every replica, also one that starts later, can serve it. Returns the error when it is refused.
         """
-        await self._started()
         try:
             return await self._load(AdapterSource(name, path, task, tuple(labels) if labels else None), replace)
         except AdapterRouterError as error:
@@ -93,7 +90,6 @@ class Router:
 
     async def unload_adapter(self, name: str) -> AdapterVersion | AdapterRouterError:
         """Forget ``name``; rows already accepted finish."""
-        await self._started()
         try:
             version = self._catalog.remove(name)
         except AdapterNotFound as error:
@@ -104,38 +100,20 @@ class Router:
 
     async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
         """The base and every registered adapter."""
-        await self._started()
-        assert self._base is not None
         return self._base, self._catalog.versions()
 
     # -- operation -----------------------------------------------------------------------------------------------
 
     async def ready(self) -> bool:
         """Whether rows can be answered now."""
-        await self._started()
         return bool(self._living())
 
     async def metrics_text(self) -> str:
         """Metrics of the whole application: this router's and every replica's, told apart by ``process``."""
-        await self._started()
         living = self._living()
         texts = await asyncio.gather(*(self._call(r, "metrics_text") for r in living), return_exceptions=True)
         named = {f"replica:{r}": text for r, text in zip(living, texts, strict=True) if isinstance(text, str)}
         return merged_exposition({"router": exposition(self._metrics.registry), **named})
-
-    async def _started(self) -> Dispatcher:
-        """The dispatcher, once a replica has answered and the declared adapters are in.
-
-        Not in the constructor: it may run on another event loop than the methods do.
-        """
-        async with self._starting:
-            if self._dispatcher is None:
-                self._base = await self._replicas.info.remote()
-                dispatcher = Dispatcher(self._send, self._living, self._routing, self._metrics)
-                dispatcher.refresh()
-                await asyncio.gather(*(self._load_declared(source) for source in self._declared))
-                self._dispatcher = dispatcher
-        return self._dispatcher
 
     async def _load_declared(self, source: AdapterSource) -> None:
         try:
@@ -145,20 +123,21 @@ class Router:
             self.failures[source.name] = error
 
     async def _load(self, source: AdapterSource, replace: bool) -> LoadReport:
+        """Copy, check on the replica that will be the adapter's home, register."""
         if not replace:
             self._catalog.check_free(source.name)
         stored = await asyncio.to_thread(self._store.admit, source.path)
-        report: LoadReport | AdapterRouterError = await self._replicas.admit.remote(
-            source.name, stored, source.task, source.labels
-        )
+        replica = await self._dispatcher.home(stored.digest)
+        report = await self._call(replica, "admit", source.name, stored, source.task, source.labels)
         if isinstance(report, AdapterRouterError):
             raise report
+        self._dispatcher.fleet.loaded(replica, stored.digest)
         self._catalog.add(report.version, replace=replace)
         self.failures.pop(source.name, None)
         return report
 
     def _find(self, adapter: str | None) -> AdapterVersion | AdapterRouterError | None:
-        if self._base is not None and adapter == self._base.name:
+        if adapter == self._base.name:
             return None
         return self.failures.get(adapter or "") or self._catalog.find(adapter)
 

@@ -116,6 +116,6 @@ class InputEncoder:
         if ids.min() < 0 or ids.max() >= self._limits.vocab_size:
             raise InvalidRequest(f"input_ids must lie in 0 to {self._limits.vocab_size - 1}", "inputs")
         mask = arrays.setdefault("attention_mask", np.ones_like(ids))
-        if not np.isin(mask, (0, 1)).all() or not mask.any():
+        if mask.min() < 0 or mask.max() != 1:
             raise InvalidRequest("attention_mask must hold 0 and 1, and at least one 1", "inputs")
         return EncodedRow({name: array.astype(np.int64) for name, array in arrays.items()})

@@ -29,8 +29,8 @@ class GroupedLinear:
         """(rows, …, in) -> (rows, …, out)."""
         y: torch.Tensor = self._base_forward(x)
         plan = self._active.plan
-        segments = plan.lora(self._path) if plan else []
-        if not segments:
+        segments = plan.lora(self._path) if plan else None
+        if segments is None:
             return y
         _check_rows(self._path, x, plan)
         return add_lora(y, x, segments)

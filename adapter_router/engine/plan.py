@@ -35,14 +35,15 @@ class BatchPlan:
             self.segments.append(Segment(start, start + len(members), members[0]))
             start += len(members)
 
-    def lora(self, path: str) -> list[LoraSegment]:
-        """Segments whose adapter has LoRA on the module ``path``."""
-        found = []
-        for segment in self.segments:
-            factors = segment.adapter.lora.get(path) if segment.adapter else None
-            if factors is not None:
-                found.append(LoraSegment(segment.start, segment.stop, factors.a, factors.b))
-        return found
+    def lora(self, path: str) -> list[LoraSegment] | None:
+        """Every segment with its adapter's factors for the module ``path``; None when no adapter acts there."""
+        factors = [segment.adapter and segment.adapter.lora.get(path) for segment in self.segments]
+        if not any(factors):
+            return None
+        return [
+            LoraSegment(s.stop - s.start, f.a, f.b) if f else LoraSegment(s.stop - s.start, None, None)
+            for s, f in zip(self.segments, factors, strict=True)
+        ]
 
     def heads(self, path: str) -> list[tuple[nn.Module | None, list[Segment]]]:
         """Who runs the module ``path`` on which rows: an adapter's own copy, or None for the base's."""

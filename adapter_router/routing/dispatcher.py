@@ -84,14 +84,18 @@ class Dispatcher:
         self._account(waiting, outcomes, time.monotonic() - now)
         return outcomes
 
-    def refresh(self) -> None:
-        """Take over the replica set as it is now."""
+    async def home(self, digest: str) -> str:
+        """The replica that should load an adapter nobody holds yet; waits for one to live."""
+        await self._other_than(None)
+        return choose(digest, 1, self.fleet.states(), self._config).replica
+
+    def _refresh(self) -> None:
         self.fleet.sync(self._list_replicas())
 
     async def _dispatch(self) -> None:
         while True:
             self._wake.clear()
-            self.refresh()
+            self._refresh()
             self._metrics.queued.set(len(self._batcher))
             closes_in = self._batcher.closes_in(time.monotonic())
             free = self.fleet.free(self._config.calls_per_replica)
@@ -186,11 +190,11 @@ class Dispatcher:
         for again in self._shards(entries, avoid=avoid, retried=True):
             self._spawn(again)
 
-    async def _other_than(self, replica: str) -> str | None:
-        """Wait for a living replica besides ``replica``; None when it comes back itself and stays the only one."""
+    async def _other_than(self, replica: str | None) -> str | None:
+        """Wait for a living replica besides ``replica``; None when that one comes back and stays the only one."""
         deadline = time.monotonic() + _REPLACEMENT_S
         while True:
-            self.refresh()
+            self._refresh()
             living = {state.replica for state in self.fleet.states()}
             if living - {replica}:
                 return replica

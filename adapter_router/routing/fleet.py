@@ -67,7 +67,7 @@ class Fleet:
             if row_s is not None:
                 state.row_s += _SMOOTHING * (row_s - state.row_s)
 
-    def holds(self, replica: str, digest: str) -> None:
+    def loaded(self, replica: str, digest: str) -> None:
         """``replica`` has loaded ``digest`` just now."""
         if (state := self._states.get(replica)) is not None:
             state.resident |= {digest}

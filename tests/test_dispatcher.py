@@ -1,0 +1,242 @@
+"""The dispatcher with replicas that are plain coroutines: batching, sharding, failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapter_router.config import RoutingConfig
+from adapter_router.errors import InternalError, InvalidRequest, Overloaded, ReplicaLost
+from adapter_router.metrics import RouterMetrics
+from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
+
+
+def version(name: str) -> AdapterVersion:
+    return AdapterVersion(name, f"sha256:{name}", Path("unused"), "text-classification", ("x",), "softmax")
+
+
+class Replicas:
+    """Replicas that answer after ``seconds``, hold what they have seen, and remember every call."""
+
+    def __init__(self, *names: str, seconds: float = 0.02, load_seconds: float = 0.0) -> None:
+        self.living = list(names)
+        self.seconds = seconds
+        self.load_seconds = load_seconds
+        self.resident: dict[str, set[str]] = {name: set() for name in names}
+        self.calls: list[tuple[str, list[Row]]] = []
+        self.running: Counter[str] = Counter()
+        self.dying: set[str] = set()
+
+    async def send(
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]
+    ) -> ShardReply:
+        self.calls.append((replica, list(rows)))
+        self.running[replica] += 1
+        digests = {entry.digest for entry in versions if entry}
+        cold = digests - self.resident[replica]
+        await asyncio.sleep(self.seconds + (self.load_seconds if cold else 0.0))
+        self.running[replica] -= 1
+        if replica in self.dying:
+            raise ReplicaLost(f"{replica} is gone")
+        self.resident[replica] |= digests
+        return ShardReply([self._answer(row) for row in rows], frozenset(self.resident[replica]), 0.01)
+
+    def _answer(self, row: Row) -> RowOutcome:
+        if row.inputs == "bad":
+            return InvalidRequest("bad row")
+        if row.inputs == "crash":
+            raise ValueError("a bug")
+        output: Any = {"label": str(row.inputs), "score": 1.0, "probs": [1.0], "num_classes": 1}
+        return RowResult(output, np.zeros(1), row.adapter, "v", 1)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 30))
+
+
+def dispatcher(replicas: Replicas, metrics: RouterMetrics | None = None, **config: Any) -> Dispatcher:
+    return Dispatcher(replicas.send, lambda: replicas.living, RoutingConfig(**config), metrics or RouterMetrics())
+
+
+def rows(count: int, adapters: int) -> list[tuple[Row, AdapterVersion | None]]:
+    return [(Row(str(i), f"a{i % adapters}"), version(f"a{i % adapters}")) for i in range(count)]
+
+
+def labels(outcomes: Sequence[RowOutcome]) -> list[str]:
+    return [outcome.output["label"] if isinstance(outcome, RowResult) else outcome.code for outcome in outcomes]
+
+
+def test_one_call_per_batch_and_replica_and_the_callers_order() -> None:
+    async def scenario() -> None:
+        replicas, metrics = Replicas("r0", "r1", "r2"), RouterMetrics()
+        router = dispatcher(replicas, metrics, max_batch_rows=64)
+        for adapter in range(12):  # spread residency
+            home = await router.home(f"sha256:a{adapter}")
+            replicas.resident[home].add(f"sha256:a{adapter}")
+            router.fleet.loaded(home, f"sha256:a{adapter}")
+        outcomes = await router.submit(rows(60, 12))
+        assert labels(outcomes) == [str(i) for i in range(60)]
+        used = [replica for replica, _ in replicas.calls]
+        assert sorted(used) == sorted(set(used)) and len(used) == 3, "one batch: one call for each replica"
+        for replica, sent in replicas.calls:
+            assert {f"sha256:{row.adapter}" for row in sent} <= replicas.resident[replica]
+        assert metrics.registry.get_sample_value("adapter_router_batches_total") == 1
+        await router.close()
+
+    run(scenario())
+
+
+def test_rows_gather_while_replicas_are_busy() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", seconds=0.05)
+        router = dispatcher(replicas, calls_per_replica=1, batch_wait_s=0.0, max_batch_rows=64)
+        await asyncio.gather(*(router.submit([row]) for row in rows(8, 8)))  # make all resident
+        replicas.calls.clear()
+
+        async def arrive(index: int) -> None:
+            await asyncio.sleep(index * 0.002)
+            await router.submit([rows(8, 8)[index % 8]])
+
+        await asyncio.gather(*(arrive(index) for index in range(100)))
+        sizes = [len(sent) for _, sent in replicas.calls]
+        assert max(sizes) > 15 and len(sizes) < 10, sizes
+        assert replicas.running["r0"] == 0
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_cold_adapter_delays_nobody_else() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", load_seconds=1.0)
+        replicas.resident["r0"] = {"sha256:warm"}
+        router = dispatcher(replicas)
+        await router.home("sha256:warm")
+        router.fleet.loaded("r0", "sha256:warm")
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        cold = asyncio.create_task(router.submit([(Row("cold", "cold"), version("cold"))]))
+        together = asyncio.create_task(
+            router.submit([(Row("w", "warm"), version("warm")), (Row("b"), None), (Row("w", "warm"), version("warm"))])
+        )
+        assert labels(await together) == ["w", "b", "w"]
+        assert loop.time() - start < 0.5
+        assert labels(await cold) == ["cold"]
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_lost_replicas_rows_are_answered_elsewhere() -> None:
+    async def scenario() -> None:
+        replicas, metrics = Replicas("r0", "r1"), RouterMetrics()
+        router = dispatcher(replicas, metrics)
+        replicas.dying = {"r0"}
+        outcomes = await router.submit(rows(40, 10))
+        assert labels(outcomes) == [str(i) for i in range(40)]
+        assert {o.replica for o in outcomes if isinstance(o, RowResult)} == {"r1"}
+        answered = Counter(str(row.inputs) for replica, sent in replicas.calls if replica == "r1" for row in sent)
+        assert set(answered.values()) == {1}
+        assert metrics.registry.get_sample_value("adapter_router_shard_retries_total") > 0  # type: ignore[operator]
+        await router.close()
+
+    run(scenario())
+
+
+def test_rows_are_carried_elsewhere_only_once() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", "r1")
+        router = dispatcher(replicas)
+        replicas.dying = {"r0", "r1"}
+        (outcome,) = await router.submit([(Row("x", "a"), version("a"))])
+        assert isinstance(outcome, ReplicaLost) and len(replicas.calls) == 2
+        await router.close()
+
+    run(scenario())
+
+
+def test_rows_wait_for_a_first_or_a_new_replica() -> None:
+    async def scenario() -> None:
+        replicas = Replicas()
+        router = dispatcher(replicas)
+        pending = asyncio.create_task(router.submit(rows(3, 3)))
+        await asyncio.sleep(0.1)
+        assert not pending.done()
+        replicas.resident["late"] = set()
+        replicas.living.append("late")
+        assert labels(await pending) == ["0", "1", "2"]
+        replicas.dying.add("late")
+        pending = asyncio.create_task(router.submit(rows(3, 3)))
+        await asyncio.sleep(0.2)
+        replicas.resident["later"] = set()
+        replicas.living[:] = ["later"]
+        assert labels(await pending) == ["0", "1", "2"]
+        await router.close()
+
+    run(scenario())
+
+
+def test_errors_stay_with_their_rows() -> None:
+    async def scenario() -> None:
+        router = dispatcher(Replicas("r0"))
+        outcomes = await router.submit([(Row("good"), None), (Row("bad"), None), (Row("fine"), None)])
+        assert labels(outcomes) == ["good", "invalid_request", "fine"]
+        (crashed,) = await router.submit([(Row("crash"), None)])
+        assert isinstance(crashed, InternalError) and "a bug" not in crashed.message
+        assert labels(await router.submit([(Row("after"), None)])) == ["after"]
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", seconds=0.2)
+        router = dispatcher(replicas, max_queued_rows=5, max_batch_rows=1, calls_per_replica=1)
+        first = [asyncio.create_task(router.submit([(Row("0"), None)]))]
+        await asyncio.sleep(0.05)  # it has left the queue and keeps the replica busy
+        first += [asyncio.create_task(router.submit([(Row(str(i)), None)])) for i in range(1, 6)]
+        await asyncio.sleep(0.01)
+        (refused,) = await router.submit([(Row("x"), None)])
+        assert isinstance(refused, Overloaded) and refused.retryable
+        assert [labels(await task) for task in first] == [[str(i)] for i in range(6)]
+        await router.close()
+
+    run(scenario())
+
+
+def test_rows_of_a_cancelled_caller_never_leave() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", seconds=0.1)
+        router = dispatcher(replicas, calls_per_replica=1, batch_wait_s=0.0)
+        busy = asyncio.create_task(router.submit([(Row("busy"), None)]))
+        await asyncio.sleep(0.02)
+        gone = asyncio.create_task(router.submit([(Row("gone"), None)]))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        await busy
+        assert labels(await router.submit([(Row("next"), None)])) == ["next"]
+        assert [str(row.inputs) for _, sent in replicas.calls for row in sent] == ["busy", "next"]
+        await router.close()
+
+    run(scenario())
+
+
+def test_load_counts_return_to_zero() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", "r1", seconds=0.001)
+        router = dispatcher(replicas)
+        await asyncio.gather(*(router.submit(rows(7, 5)) for _ in range(40)))
+        assert [(state.rows, state.warm_calls) for state in router.fleet.states()] == [(0, 0), (0, 0)]
+        await router.close()
+
+    run(scenario())
