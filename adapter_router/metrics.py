@@ -28,7 +28,9 @@ class EngineMetrics:
         self.hits = _counter(self, "cache_hits", "Rows whose adapter was resident when they arrived")
         self.misses = _counter(self, "cache_misses", "Rows that waited for their adapter")
         self.loads = _counter(self, "adapter_loads", "Adapters installed on the device")
-        self.load_seconds = _histogram(self, "adapter_load_seconds", "Time to read, check and install", _SECONDS_BUCKETS)
+        self.load_seconds = _histogram(
+            self, "adapter_load_seconds", "Time to read, check and install", _SECONDS_BUCKETS
+        )
         self.load_failures = _counter(self, "adapter_load_failures", "Adapter loads that failed, by code", "code")
         self.evictions = _counter(self, "adapter_evictions", "Adapters evicted to make room")
         self.resident_bytes = _gauge(self, "resident_bytes", "Device memory held by resident adapters")
@@ -64,7 +66,9 @@ class RouterMetrics:
         self.row_seconds = _histogram(self, "row_seconds", "Time from a row's arrival to its answer", _SECONDS_BUCKETS)
         self.errors = _counter(self, "row_errors", "Rows answered with an error, by code", "code")
         self.queued = _gauge(self, "queued_rows", "Rows waiting for a batch")
-        self._adapter_rows = _counter(self, "adapter_rows", "Rows by adapter; the busiest have their own series", "adapter")
+        self._adapter_rows = _counter(
+            self, "adapter_rows", "Rows by adapter; the busiest have their own series", "adapter"
+        )
         self.adapter_rows = TopSeries(self._adapter_rows, max_adapter_series)
 
 

@@ -10,8 +10,10 @@ on token ids; the base is transformers' bare model on a ready batch; PEFT is one
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,47 +49,59 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results: list[Result] = []
-    for size in SIZES:
-        for target in TARGETS:
-            for ranks in RANKS:
-                for count in ADAPTERS:
-                    name = f"{size}/{target}/{ranks}/{count}"
-                    if name.startswith(args.only):
-                        results += measure(name, size, target, RANKS[ranks], count, args.rounds, args.device)
+    for case in [Case(*parts) for parts in itertools.product(SIZES, TARGETS, RANKS, ADAPTERS)]:
+        if case.name.startswith(args.only):
+            results += measure(case, args.rounds, args.device)
     if args.json:
         write_json(args.json, "grouped_forward", results)
 
 
-def measure(
-    name: str, size: str, target: str, ranks: tuple[int, ...], count: int, rounds: int, device: str
-) -> list[Result]:
+@dataclass(frozen=True)
+class Case:
+    """Keys of the tables above, and the number of distinct adapters in the batch."""
+
+    size: str
+    target: str
+    ranks: str
+    num_adapters: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}/{self.target}/{self.ranks}/{self.num_adapters}"
+
+
+def measure(case: Case, rounds: int, device: str) -> list[Result]:
     """Ratios of one case."""
     with tempfile.TemporaryDirectory() as folder:
-        base, adapters = _build(Path(folder), size, target, ranks, count)
+        base, adapters = _build(Path(folder), case)
         contenders = _contenders(base, adapters, device)
         seconds = interleaved(contenders, rounds)
     results = [
-        ratio(f"{name}/ours_over_base", seconds["base"], seconds["ours"]),
-        ratio(f"{name}/peft_mixed_over_base", seconds["base"], seconds["peft_mixed"]),
-        ratio(f"{name}/ours_over_peft_mixed", seconds["peft_mixed"], seconds["ours"]),
-        ratio(f"{name}/ours_over_peft_loop", seconds["peft_loop"], seconds["ours"]),
+        ratio(f"{case.name}/ours_over_base", seconds["base"], seconds["ours"]),
+        ratio(f"{case.name}/peft_mixed_over_base", seconds["base"], seconds["peft_mixed"]),
+        ratio(f"{case.name}/ours_over_peft_mixed", seconds["peft_mixed"], seconds["ours"]),
+        ratio(f"{case.name}/ours_over_peft_loop", seconds["peft_loop"], seconds["ours"]),
     ]
     figures = "  ".join(f"{r.name.rsplit('/', 1)[1]} {r.value:.3f}±{r.spread:.3f}" for r in results)
-    print(f"{name:34} base {np.median(seconds['base']) * 1e3:7.1f} ms  {figures}", flush=True)
+    print(f"{case.name:34} base {np.median(seconds['base']) * 1e3:7.1f} ms  {figures}", flush=True)
     return results
 
 
-def _build(folder: Path, size: str, target: str, ranks: tuple[int, ...], count: int) -> tuple[Path, list[Path]]:
-    """A random base with a two-label head and ``count`` random adapters with heads of their own, on disk."""
+def _build(folder: Path, case: Case) -> tuple[Path, list[Path]]:
+    """A random base with a two-label head and random adapters with heads of their own, on disk."""
     torch.manual_seed(0)
-    config = BertConfig(**SIZES[size], num_labels=2)
+    config = BertConfig(**SIZES[case.size], num_labels=2)
     base = folder / "base"
     AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
-    adapters = []
-    for index in range(count):
+    ranks, adapters = RANKS[case.ranks], []
+    for index in range(case.num_adapters):
         model = AutoModelForSequenceClassification.from_pretrained(base)
-        rank = ranks[index % len(ranks)]
-        lora = LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=TARGETS[target], init_lora_weights=False)
+        lora = LoraConfig(
+            task_type="SEQ_CLS",
+            r=ranks[index % len(ranks)],
+            target_modules=TARGETS[case.target],
+            init_lora_weights=False,
+        )
         adapters.append(folder / str(index))
         get_peft_model(model, lora).save_pretrained(adapters[-1])
     return base, adapters

@@ -10,7 +10,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from deployments import replica_view
 
 
-class PinnedRequestRouter(RequestRouter):
+class PinnedRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no usable types
     """To the replica that ``session_id`` names while it lives; any other call to the least loaded one."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -32,7 +32,10 @@ class PinnedRequestRouter(RequestRouter):
         return [pinned or candidate_replicas]
 
     async def _choose_replica_for_request(
-        self, pending_request: PendingRequest, *, is_retry: bool = False  # noqa: ARG002
+        self,
+        pending_request: PendingRequest,
+        *,
+        is_retry: bool = False,  # noqa: ARG002
     ) -> RunningReplica:
         """Decide in the caller's coroutine.
 

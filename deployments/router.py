@@ -42,7 +42,7 @@ class AdapterSource:
 class Router:
     """Methods are the handle's surface: ``serve.get_app_handle("adapter-router").infer.remote(row)``."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, replicas: DeploymentHandle, routing: RoutingConfig, store_dir: str, adapters: Sequence[AdapterSource]
     ) -> None:
         """Waits for a replica, then loads ``adapters``; those it must refuse are named in ``failures``."""
@@ -128,7 +128,9 @@ class Router:
             self._catalog.check_free(source.name)
         stored = await asyncio.to_thread(self._store.admit, source.path)
         replica = await self._dispatcher.home(stored.digest)
-        report = await self._call(replica, "admit", source.name, stored, source.task, source.labels)
+        report: LoadReport | AdapterRouterError = await self._call(
+            replica, "admit", source.name, stored, source.task, source.labels
+        )
         if isinstance(report, AdapterRouterError):
             raise report
         self._dispatcher.fleet.loaded(replica, stored.digest)
@@ -166,5 +168,5 @@ def _num_bytes(row: Row) -> int:
 
 def current_router() -> Router:
     """The router of the deployment that is answering the current HTTP request."""
-    router: Router = serve.get_replica_context().servable_object  # type: ignore[assignment]
+    router: Router = serve.get_replica_context().servable_object
     return router

@@ -88,7 +88,7 @@ def _fit(
     for _ in range(epochs):
         for encoded, target in _batches(tokenizer, rows, labels, rng):
             loss = torch.nn.functional.cross_entropy(model(**encoded).logits, target)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -13,17 +13,17 @@ os.environ.update(
     RAY_SERVE_LOG_TO_STDERR="0",
 )
 
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Iterator
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import pytest
+import torch
+import transformers
 
-from adapter_router.config import EngineConfig  # noqa: E402
-from adapter_router.engine import Engine  # noqa: E402
-from deployments.demo.tenants import ADAPTERS, BASE, BASE_SHA256  # noqa: E402
-from tests.tiny import TinyBase  # noqa: E402
+from adapter_router.config import EngineConfig
+from adapter_router.engine import Engine
+from deployments.demo.tenants import ADAPTERS, BASE, BASE_SHA256
+from tests.tiny import TinyBase
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -34,9 +34,7 @@ class Replicas:
         self.running: Counter[str] = Counter()
         self.dying: set[str] = set()
 
-    async def send(
-        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]
-    ) -> ShardReply:
+    async def send(self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> ShardReply:
         self.calls.append((replica, list(rows)))
         self.running[replica] += 1
         digests = {entry.digest for entry in versions if entry}

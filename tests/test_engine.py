@@ -82,7 +82,9 @@ def test_a_base_with_its_own_head_answers_bare_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(b.logits, peft_logits(base.alone(lora_only, 4), features), atol=1e-5)
 
 
-def test_lora_inside_a_module_that_another_adapter_replaces(tiny_bert: TinyBase, engine: Engine, tmp_path: Path) -> None:
+def test_lora_inside_a_module_that_another_adapter_replaces(
+    tiny_bert: TinyBase, engine: Engine, tmp_path: Path
+) -> None:
     engine.load_adapter("saves", tiny_bert.adapter(tmp_path / "saves", 3, 1, modules_to_save=["pooler"]))
     engine.load_adapter("targets", tiny_bert.adapter(tmp_path / "targets", 4, 2, target_modules=["dense"]))
     engine.load_adapter("neither", tiny_bert.adapter(tmp_path / "neither", 5, 3))

@@ -94,7 +94,7 @@ def test_many_threads_little_room(small_engine: Engine, expected: dict[str, np.n
                 check(small_engine.infer([Row(FEATURES, name) for name in names]), names, expected)
                 if rng.random() < 0.3:
                     small_engine.evict(small_engine.resident()[0] if small_engine.resident() else "none")
-        except BaseException as failure:  # noqa: BLE001 - handed to the main thread
+        except BaseException as failure:
             failures.append(failure)
 
     threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
@@ -164,9 +164,7 @@ def test_two_engines_in_one_process(tiny_bert: TinyBase, adapters: dict[str, Pat
         def work(number: int, engine: Engine, name: str) -> None:
             results[number] += [engine.infer([Row(FEATURES, name)])[0] for _ in range(30)]
 
-        threads = [
-            threading.Thread(target=work, args=args, daemon=True) for args in ((0, one, "a0"), (1, two, "b"))
-        ]
+        threads = [threading.Thread(target=work, args=args, daemon=True) for args in ((0, one, "a0"), (1, two, "b"))]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
@@ -23,16 +24,17 @@ from adapter_router.types import LoadReport, Row, RowResult
 from tests.tiny import TinyBase, edit_config, edit_tensors, peft_logits, random_features, random_row
 
 LABELS = 3
-LAYERS = "base_model.model.bert.encoder.layer"
-QUERY = f"{LAYERS}.0.attention.self.query"
-KEY = f"{LAYERS}.0.attention.self.key"
-VALUE = f"{LAYERS}.1.attention.self.value"
-HEAD = "base_model.model.classifier"
-EMBEDDINGS = "base_model.model.bert.embeddings.word_embeddings"
+PREFIX = "base_model.model."
+QUERY = "bert.encoder.layer.0.attention.self.query"
+KEY = "bert.encoder.layer.0.attention.self.key"
+VALUE = "bert.encoder.layer.1.attention.self.value"
+QUERY_A, QUERY_B = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight"
+VALUE_A, VALUE_B = f"{PREFIX}{VALUE}.lora_A.weight", f"{PREFIX}{VALUE}.lora_B.weight"
+HEAD = f"{PREFIX}classifier"
+EMBEDDINGS = f"{PREFIX}bert.embeddings.word_embeddings"
 PARAMETERS = "adapter_model.safetensors"
 
 Spoil = Callable[[Path], object]
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,7 @@ def truncated(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def added(**shapes: tuple[int, ...]) -> Spoil:
-    """More tensors, by their dotted names with ``base`` and ``other`` prefixes spelled out by the caller."""
+def added(shapes: dict[str, tuple[int, ...]]) -> Spoil:
     return lambda directory: edit_tensors(directory, lambda t: t.update({k: torch.ones(s) for k, s in shapes.items()}))
 
 
@@ -105,10 +106,8 @@ def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def without_labels(directory: Path) -> None:
-    def cut(tensors: Tensors) -> None:
-        tensors.update({f"{HEAD}.weight": torch.zeros(0, 32), f"{HEAD}.bias": torch.zeros(0)})
-
-    edit_tensors(directory, cut)
+    empty = {f"{HEAD}.weight": torch.zeros(0, 32), f"{HEAD}.bias": torch.zeros(0)}
+    edit_tensors(directory, lambda tensors: tensors.update(empty))
 
 
 FILES: list[tuple[str, Spoil, list[str]]] = [
@@ -135,56 +134,65 @@ FILES: list[tuple[str, Spoil, list[str]]] = [
 ]
 
 TENSORS: list[tuple[str, Spoil, list[str]]] = [
-    ("NaN", replaced(f"{QUERY}.lora_A.weight", filled(float("nan"))), [f"{QUERY}.lora_A.weight holds NaN"]),
+    ("NaN", replaced(QUERY_A, filled(float("nan"))), [f"{QUERY_A} holds NaN"]),
     ("Inf", replaced(f"{HEAD}.bias", filled(float("-inf"))), [f"{HEAD}.bias holds NaN or infinite"]),
-    ("int8", replaced(f"{QUERY}.lora_B.weight", lambda t: t.to(torch.int8)), [f"{QUERY}.lora_B.weight has dtype I8"]),
+    ("int8", replaced(QUERY_B, lambda t: t.to(torch.int8)), [f"{QUERY_B} has dtype I8"]),
     ("float64", replaced(f"{HEAD}.weight", lambda t: t.double()), [f"{HEAD}.weight has dtype F64"]),
-    ("lora_B gone", removed(f"{QUERY}.lora_B.weight"), [f"{QUERY[17:]} has lora_A without its partner"]),
-    ("lora_A gone", removed(f"{VALUE}.lora_A.weight"), [f"{VALUE[17:]} has lora_B without its partner"]),
+    ("lora_B gone", removed(QUERY_B), [f"{QUERY} has lora_A without its partner"]),
+    ("lora_A gone", removed(VALUE_A), [f"{VALUE} has lora_B without its partner"]),
     (
         "target gone",
-        removed(f"{VALUE}.lora_A.weight", f"{VALUE}.lora_B.weight"),
-        [f"1 target modules have no LoRA tensors: {VALUE[17:]}"],
+        removed(VALUE_A, VALUE_B),
+        [f"1 target modules have no LoRA tensors: {VALUE}"],
     ),
     (
         "undeclared LoRA",
-        added(**{f"{KEY}.lora_A.weight": (8, 32), f"{KEY}.lora_B.weight": (32, 8)}),
-        [f"target_modules does not name: {KEY[17:]}"],
+        added({f"{PREFIX}{KEY}.lora_A.weight": (8, 32), f"{PREFIX}{KEY}.lora_B.weight": (32, 8)}),
+        [f"target_modules does not name: {KEY}"],
     ),
     (
         "LoRA on a module the base lacks",
-        added(**{f"{LAYERS}.9.x.lora_A.weight": (8, 32), f"{LAYERS}.9.x.lora_B.weight": (32, 8)}),
+        added(
+            {
+                f"{PREFIX}bert.encoder.layer.9.x.lora_A.weight": (8, 32),
+                f"{PREFIX}bert.encoder.layer.9.x.lora_B.weight": (32, 8),
+            }
+        ),
         ["modules this base does not have: bert.encoder.layer.9.x"],
     ),
-    ("LoRA on an embedding", added(**{f"{EMBEDDINGS}.lora_embedding_A": (8, 100)}), [f"{EMBEDDINGS}.lora_embedding_A"]),
-    ("DoRA magnitude", added(**{f"{QUERY}.lora_magnitude_vector": (32,)}), ["1 tensors have no place", "magnitude"]),
+    ("LoRA on an embedding", added({f"{EMBEDDINGS}.lora_embedding_A": (8, 100)}), [f"{EMBEDDINGS}.lora_embedding_A"]),
+    (
+        "DoRA magnitude",
+        added({f"{PREFIX}{QUERY}.lora_magnitude_vector": (32,)}),
+        ["1 tensors have no place", "magnitude"],
+    ),
     (
         "base weight",
-        added(**{f"{EMBEDDINGS}.weight": (100, 32)}),
+        added({f"{EMBEDDINGS}.weight": (100, 32)}),
         [f"1 tensors have no place in this base: {EMBEDDINGS}"],
     ),
-    ("base bias", added(**{f"{QUERY}.bias": (32,)}), [f"no place in this base: {QUERY}.bias"]),
-    ("head tensor too many", added(**{f"{HEAD}.scale": (3,)}), [f"no place in this base: {HEAD}.scale"]),
+    ("base bias", added({f"{PREFIX}{QUERY}.bias": (32,)}), [f"no place in this base: {PREFIX}{QUERY}.bias"]),
+    ("head tensor too many", added({f"{HEAD}.scale": (3,)}), [f"no place in this base: {HEAD}.scale"]),
     (
         "no prefix",
         renamed(f"{HEAD}.weight", "classifier.weight"),
         ["no place in this base: classifier.weight", "saved module classifier lacks classifier.weight"],
     ),
-    ("other prefix", added(**{"model.bert.pooler.dense.weight": (32, 32)}), ["model.bert.pooler.dense.weight"]),
+    ("other prefix", added({"model.bert.pooler.dense.weight": (32, 32)}), ["model.bert.pooler.dense.weight"]),
     (
         "adapter name in the key",
-        renamed(f"{QUERY}.lora_A.weight", f"{QUERY}.lora_A.default.weight"),
-        [f"no place in this base: {QUERY}.lora_A.default.weight", "has lora_B without its partner"],
+        renamed(QUERY_A, f"{PREFIX}{QUERY}.lora_A.default.weight"),
+        [f"no place in this base: {PREFIX}{QUERY}.lora_A.default.weight", "has lora_B without its partner"],
     ),
     (
         "A too narrow",
-        replaced(f"{QUERY}.lora_A.weight", lambda t: t[:, :31]),
-        [f"{QUERY[17:]}.lora_A has shape [8, 31], this base and config need [8, 32]"],
+        replaced(QUERY_A, lambda t: t[:, :31]),
+        [f"{QUERY}.lora_A has shape [8, 31], this base and config need [8, 32]"],
     ),
-    ("A transposed", replaced(f"{QUERY}.lora_A.weight", lambda t: t.t()), ["lora_A has shape [32, 8]"]),
-    ("A flat", replaced(f"{QUERY}.lora_A.weight", lambda t: t.reshape(-1)), ["lora_A has shape [256]"]),
-    ("B too tall", replaced(f"{QUERY}.lora_B.weight", lambda t: t.repeat(2, 1)), ["lora_B has shape [64, 8]"]),
-    ("A of rank 1", replaced(f"{QUERY}.lora_A.weight", lambda t: t[:1]), ["lora_A has shape [1, 32]"]),
+    ("A transposed", replaced(QUERY_A, lambda t: t.t()), ["lora_A has shape [32, 8]"]),
+    ("A flat", replaced(QUERY_A, lambda t: t.reshape(-1)), ["lora_A has shape [256]"]),
+    ("B too tall", replaced(QUERY_B, lambda t: t.repeat(2, 1)), ["lora_B has shape [64, 8]"]),
+    ("A of rank 1", replaced(QUERY_A, lambda t: t[:1]), ["lora_A has shape [1, 32]"]),
     ("head disagrees", replaced(f"{HEAD}.bias", lambda t: t[:2]), ["disagree on the number of labels"]),
     ("head too narrow", replaced(f"{HEAD}.weight", lambda t: t[:, :16]), ["classifier.weight has shape [3, 16]"]),
     ("head a scalar", replaced(f"{HEAD}.bias", lambda t: t[0]), ["classifier.bias has shape []"]),
@@ -222,12 +230,17 @@ CONFIGS: list[tuple[str, Spoil, list[str]]] = [
         configured(layers_to_transform=[0], layers_pattern="("),
         ["is not a regular expression"],
     ),
-    # PEFT raises on this one, so nothing says what serving it exactly would be.
+    # PEFT raises on these, so nothing says what serving them exactly would be.
+    ("brackets that only our wrapping closes", configured(target_modules=".*query)|(.*value"), ["regular expression"]),
+    ("syntax that re lacks", configured(target_modules=r".*\p{Ll}\.(query|value)"), ["regular expression"]),
+    ("layers_pattern alone", configured(layers_pattern=["layer"]), ["layers_pattern"]),
     (
         "layers with a string of targets",
         configured(target_modules=".*(query|value)", layers_to_transform=[0, 1]),
         ["layers_to_transform"],
     ),
+    # To re these braces are letters, to regex they allow one wrong letter.
+    ("fuzzy targets", configured(target_modules=r".*\.(querx|valux){s<=1}"), ["query"]),
     ("layers a string", configured(layers_to_transform="0"), ["layers_to_transform is '0'"]),
     ("excluded yet present", configured(exclude_modules=["query"]), ["target_modules does not name"]),
     ("saves what the base lacks", configured(modules_to_save=["classifier", "nothing"]), ["names 'nothing'"]),
@@ -391,26 +404,39 @@ def test_adapter_larger_than_the_room_for_all(tiny_bert: TinyBase, good: Path, t
         assert_refused(engine, large, ["adapter_memory_bytes is 50000"])
 
 
+EXPONENTIAL = r"((\w|\.|[a-z])+)+\1\1\1\1X?"
+
+
 @pytest.mark.parametrize(
-    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+    "fields",
+    [
+        {"target_modules": r"(\w+\.?)+X"},
+        {"target_modules": EXPONENTIAL},
+        {"exclude_modules": EXPONENTIAL},
+        {"rank_pattern": {EXPONENTIAL: 8}},
+        {"alpha_pattern": {EXPONENTIAL: 8}},
+        {"modules_to_save": ["classifier", EXPONENTIAL]},
+        {"layers_pattern": [EXPONENTIAL], "layers_to_transform": [0, 1]},
+    ],
+    ids=["issue", "targets", "excludes", "ranks", "alphas", "saved", "layers"],
 )
-@pytest.mark.parametrize("expression", [r"(\w+\.?)+X", r"((\w|\.|[a-z])+)+\1\1\1\1X?"])
-def test_expression_of_exponential_time_ends(
-    field: str, expression: str, engine: Engine, good: Path, adapter: Path
+def test_exponential_expression_is_refused_within_5_seconds(
+    fields: dict[str, Any], engine: Engine, good: Path, adapter: Path
 ) -> None:
-    """Loading never hangs; where the expression decides what is served, it is refused."""
     engine.load_adapter("good", good)
-    decides = field == "target_modules" or r"\1" in expression
-    fields: dict[str, Any] = {field: {expression: 16} if field.endswith("_pattern") else expression}
-    if field == "layers_pattern":
-        fields = {field: [expression], "layers_to_transform": [0, 1]}
-        decides = True
     edit_config(adapter, **fields)
     start = time.monotonic()
-    if decides:
-        assert_refused(engine, adapter, [])
-    else:
-        engine.load_adapter("harmless", adapter)
+    assert_refused(engine, adapter, [])
+    assert time.monotonic() - start < 5
+
+
+def test_many_slow_expressions_do_not_hold_the_loader(engine: Engine, adapter: Path) -> None:
+    """Each is far below any limit on one match; whether all are refused or served, it must not take long."""
+    slow = [rf"(\w|\w\w|\.){{16}}(?<=[{index}!])" for index in range(1000)]
+    edit_config(adapter, alpha_pattern=dict.fromkeys(slow, 8))
+    start = time.monotonic()
+    with contextlib.suppress(AdapterRejected):
+        engine.load_adapter("slow", adapter)
     assert time.monotonic() - start < 5
 
 
@@ -418,8 +444,8 @@ def test_five_independent_faults_are_listed_together(engine: Engine, good: Path,
     engine.load_adapter("good", good)
     configured(use_dora=True, bias="all")(adapter)
     head_config({"model_type": "roberta"})(adapter)
-    removed(f"{QUERY}.lora_B.weight")(adapter)
-    added(**{f"{EMBEDDINGS}.weight": (100, 32)})(adapter)
+    removed(QUERY_B)(adapter)
+    added({f"{EMBEDDINGS}.weight": (100, 32)})(adapter)
     error = assert_refused(
         engine,
         adapter,
@@ -435,11 +461,11 @@ def test_five_independent_faults_are_listed_together(engine: Engine, good: Path,
         ([truncated, config_bytes(b"{")], ["damaged", "adapter_config.json is not JSON"]),
         (
             [
-                replaced(f"{QUERY}.lora_A.weight", filled(float("nan"))),
+                replaced(QUERY_A, filled(float("nan"))),
                 replaced(f"{HEAD}.weight", filled(float("inf"))),
-                removed(f"{VALUE}.lora_B.weight"),
+                removed(VALUE_B),
             ],
-            [f"{QUERY}.lora_A.weight holds NaN", f"{HEAD}.weight holds NaN", "without its partner"],
+            [f"{QUERY_A} holds NaN", f"{HEAD}.weight holds NaN", "without its partner"],
         ),
         (
             [configured(rank_pattern={"(": 4}), replaced(f"{HEAD}.weight", lambda t: t[:, :16])],
@@ -455,8 +481,8 @@ def test_five_independent_faults_are_listed_together(engine: Engine, good: Path,
         ),
         (
             [
-                replaced(f"{QUERY}.lora_A.weight", lambda t: t.to(torch.int8)),
-                removed(f"{VALUE}.lora_A.weight", f"{VALUE}.lora_B.weight"),
+                replaced(QUERY_A, lambda t: t.to(torch.int8)),
+                removed(VALUE_A, VALUE_B),
             ],
             ["has dtype I8", "1 target modules have no LoRA tensors"],
         ),
@@ -503,7 +529,6 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "saved inner module": {"target_modules": ["query", "dense"], "modules_to_save": ["pooler"]},
     "alpha of zero": {"lora_alpha": 0},
-    "only a head": {"target_modules": [], "modules_to_save": ["classifier"]},
 }
 
 
@@ -525,7 +550,7 @@ def test_first_of_overlapping_patterns_wins_with_a_warning(
     edit_config(adapter, alpha_pattern=patterns)
     report = assert_equals_peft(engine, tiny_bert, adapter)
     (warning,) = report.warnings
-    assert QUERY[17:] in warning and list(patterns)[1] in warning
+    assert QUERY in warning and list(patterns)[1] in warning
 
 
 def test_first_of_overlapping_rank_patterns_wins(tiny_bert: TinyBase, engine: Engine, tmp_path: Path) -> None:

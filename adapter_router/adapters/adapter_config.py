@@ -11,18 +11,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_router.adapters.patterns import layer_index, matches_names, matching_keys, in_saved_module
+from adapter_router.adapters.patterns import in_saved_module, layer_index, matches_names, matching_keys
 
-_HARMLESS = frozenset(
-    # Identity and training-only fields: no effect on what a loaded adapter computes.
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights lora_dropout "
-    "lora_ga_config loftq_config megatron_config megatron_core monteclora_config peft_version qalora_group_size "
-    "revision runtime_config task_type velora_config".split()
-)
-_SERVED = frozenset(
-    "alpha_pattern exclude_modules fan_in_fan_out layers_pattern layers_to_transform lora_alpha modules_to_save "
-    "peft_type r rank_pattern target_modules use_rslora bias".split()
-)
+# Identity and training-only fields: no effect on what a loaded adapter computes.
+# Identity and training-only fields: no effect on what a loaded adapter computes.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_config",
+    "megatron_core",
+    "monteclora_config",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "velora_config",
+}
+_SERVED = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_RANK = 4096
 

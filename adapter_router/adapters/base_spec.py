@@ -42,7 +42,7 @@ class BaseSpec:
 
     def module_paths(self) -> set[str]:
         """Dotted paths of all modules that hold parameters, inner ones included."""
-        paths = set()
+        paths: set[str] = set()
         for name in self.parameters:
             parts = name.split(".")
             paths.update(".".join(parts[:depth]) for depth in range(1, len(parts)))

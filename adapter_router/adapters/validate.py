@@ -185,7 +185,8 @@ class _Check:
         random = sorted(self.base.untrained - saved.keys())
         if random:
             self.problems.append(
-                f"neither the base nor the adapter holds {_some(random)}; add the module to modules_to_save and train it"
+                f"neither the base nor the adapter holds {_some(random)}; "
+                "add the module to modules_to_save and train it"
             )
 
     def _check_saved_names(self) -> None:

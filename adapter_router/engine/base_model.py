@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adapter_router.adapters.head_config import ACTIVATIONS
 from adapter_router.adapters.base_spec import BaseSpec, LinearSpec
+from adapter_router.adapters.head_config import ACTIVATIONS
 from adapter_router.config import EngineConfig
 from adapter_router.engine.inputs import FEATURES, InputEncoder, InputLimits
 from adapter_router.engine.layers import GroupedLinear, GroupedModule
@@ -58,7 +58,8 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -79,13 +80,13 @@ class BaseModel:
     def build_head(self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int) -> nn.Module:
         """A fresh module like the base's ``path`` for ``num_labels`` labels, holding ``parameters`` on our device."""
         with self._lock:
-            template = copy.deepcopy(self._template(num_labels).get_submodule(path))
+            head: nn.Module = copy.deepcopy(self._template(num_labels).get_submodule(path))
         placed = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in parameters.items()}
-        template.load_state_dict(placed, strict=True, assign=True)
-        left = [name for name, tensor in (*template.named_parameters(), *template.named_buffers()) if tensor.is_meta]
+        head.load_state_dict(placed, strict=True, assign=True)
+        left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
         if left:
             raise RuntimeError(f"saved module {path} has tensors that no adapter file holds: {left}")
-        return template.eval().requires_grad_(False)
+        return head.eval().requires_grad_(False)
 
     def group_module(self, path: str) -> None:
         """Let rows of different adapters run through their own copies of the module ``path`` from now on."""

@@ -26,11 +26,9 @@ from adapter_router.engine.residency import Residency
 from adapter_router.engine.resident import ResidentAdapter, device_bytes
 from adapter_router.engine.tasks import classify
 from adapter_router.errors import (
-    AdapterExists,
     AdapterNotFound,
     AdapterRouterError,
     InternalError,
-    InvalidRequest,
     TaskMismatch,
 )
 from adapter_router.metrics import EngineMetrics
@@ -68,7 +66,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -144,7 +144,9 @@ class Engine:
     def infer(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer ``rows`` in order; a row that failed has its error in its place."""
         found = [self._catalog.find(row.adapter) for row in rows]
-        known = [(row, version) for row, version in zip(rows, found, strict=True) if not isinstance(version, AdapterNotFound)]
+        known = [
+            (row, version) for row, version in zip(rows, found, strict=True) if not isinstance(version, AdapterNotFound)
+        ]
         answered = iter(self.infer_versions(*zip(*known, strict=True)) if known else ())
         return [version if isinstance(version, AdapterNotFound) else next(answered) for version in found]
 

@@ -93,9 +93,7 @@ class InputEncoder:
         if self._tokenizer is None:
             raise InvalidRequest("this base model has no tokenizer; send input_ids", "inputs")
         with self._tokenizer_lock:
-            encoded = self._tokenizer(
-                text, truncation=max_length is not None, max_length=max_length, verbose=False
-            )
+            encoded = self._tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)
         features = {name: np.asarray(encoded[name]) for name in self._limits.features if name in encoded}
         if len(features["input_ids"]) == 0:
             raise InvalidRequest("the input is empty", "inputs")
@@ -104,14 +102,18 @@ class InputEncoder:
     def _checked(self, inputs: Mapping[str, Array]) -> EncodedRow:
         unknown = sorted(set(inputs) - set(self._limits.features))
         if unknown:
-            raise InvalidRequest(f"unknown features {unknown}; this model takes {list(self._limits.features)}", "inputs")
+            raise InvalidRequest(
+                f"unknown features {unknown}; this model takes {list(self._limits.features)}", "inputs"
+            )
         if "input_ids" not in inputs:
             raise InvalidRequest("input_ids is missing", "inputs")
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         length = arrays["input_ids"].shape
         for name, array in arrays.items():
             if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape != length or array.size == 0:
-                raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs")
+                raise InvalidRequest(
+                    f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs"
+                )
         ids = arrays["input_ids"]
         if ids.min() < 0 or ids.max() >= self._limits.vocab_size:
             raise InvalidRequest(f"input_ids must lie in 0 to {self._limits.vocab_size - 1}", "inputs")

@@ -4,7 +4,8 @@ For every segment ``s`` of rows that share an adapter, with rows sorted by adapt
 
     y[s] += (x[s] @ a_s) @ b_s        a_s: (in, rank_s)   b_s: (rank_s, out), scaling folded into b_s
 
-in float32, whatever the base's dtype, rounded to it once.
+in float32, whatever the base's dtype, rounded to it once. Neighbouring segments of one rank and one size run as one
+pair of batched products; the plan sorts rows so that such segments are neighbours. Nothing is padded.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import torch
 
 
 class LoraSegment(NamedTuple):
-    """``num_rows`` adjacent rows of a sorted batch and their adapter's factors, float32; None: no LoRA here."""
+    """``num_rows`` adjacent rows of a sorted batch and their adapter's factors, float32.
+
+    ``rank`` 0 stands for rows without LoRA in this place; their factors are empty.
+    """
 
     num_rows: int
-    a: torch.Tensor | None  # (in, rank)
-    b: torch.Tensor | None  # (rank, out)
+    rank: int
+    a: torch.Tensor  # (in, rank)
+    b: torch.Tensor  # (rank, out)
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) -> torch.Tensor:
@@ -29,34 +34,16 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) 
 
     ``segments`` cover all rows, in order.
     """
-    wide = y.float().contiguous()
-    # Many small launches cost a GPU more than stacking copies; on a CPU it is the other way round.
-    add = add_stacked if y.is_cuda else add_segmented
-    add(wide, x.float(), segments)
-    return wide.to(y.dtype)
-
-
-def add_segmented(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) -> None:
-    """One pair of products per segment: any mix of ranks and segment sizes, no copies, no padding."""
-    per_row = x[0].numel() // x.shape[-1]
-    sizes = [segment.num_rows * per_row for segment in segments]
-    x_parts = x.reshape(-1, x.shape[-1]).split(sizes)
-    y_parts = y.view(-1, y.shape[-1]).split(sizes)
-    for x_part, y_part, (_, a, b) in zip(x_parts, y_parts, segments, strict=True):
-        if a is not None and b is not None:
-            y_part.addmm_(torch.mm(x_part, a), b)
-
-
-def add_stacked(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) -> None:
-    """One pair of batched products per run of adjacent segments of equal rank; copies the factors once per row."""
+    wide_y, wide_x = y.float().contiguous(), x.float()
     start = 0
-    for rank, run in groupby(segments, key=lambda segment: None if segment.a is None else segment.a.shape[1]):
+    for (num_rows, rank), run in groupby(segments, key=lambda segment: segment[:2]):
         members = list(run)
-        num_rows = sum(segment.num_rows for segment in members)
-        if rank is not None:
-            a = torch.stack([s.a for s in members for _ in range(s.num_rows) if s.a is not None])
-            b = torch.stack([s.b for s in members for _ in range(s.num_rows) if s.b is not None])
-            x_run = x[start : start + num_rows].reshape(num_rows, -1, x.shape[-1])
-            y_run = y[start : start + num_rows].view(num_rows, -1, y.shape[-1])
-            y_run.baddbmm_(torch.bmm(x_run, a), b)
-        start += num_rows
+        stop = start + num_rows * len(members)
+        if rank:
+            # (segments, rows of a segment x tokens, features): one matrix for each adapter of the run.
+            x_run = wide_x[start:stop].reshape(len(members), -1, x.shape[-1])
+            y_run = wide_y[start:stop].view(len(members), -1, y.shape[-1])
+            shrunk = torch.bmm(x_run, torch.stack([segment.a for segment in members]))
+            y_run.baddbmm_(shrunk, torch.stack([segment.b for segment in members]))
+        start = stop
+    return wide_y.to(y.dtype)

@@ -54,7 +54,8 @@ class GroupedModule:
         plan = self._active.plan
         groups = plan.heads(self._path) if plan else [(None, [])]
         if plan is None or groups == [(None, plan.segments)]:
-            return self._base_forward(*args, **kwargs)
+            whole: torch.Tensor = self._base_forward(*args, **kwargs)
+            return whole
         _check_rows(self._path, args[0] if args else next(iter(kwargs.values())), plan)
         outputs = []
         for head, segments in groups:
@@ -70,7 +71,9 @@ class GroupedModule:
 
 def _check_rows(path: str, x: torch.Tensor, plan: BatchPlan | None) -> None:
     if plan is not None and x.shape[0] != plan.num_rows:
-        raise RuntimeError(f"{path} got {x.shape[0]} rows, the plan has {plan.num_rows}: this architecture reshapes rows")
+        raise RuntimeError(
+            f"{path} got {x.shape[0]} rows, the plan has {plan.num_rows}: this architecture reshapes rows"
+        )
 
 
 def _select(value: Any, segments: Sequence[Segment], num_rows: int) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import nn
 
 from adapter_router.engine.kernels import LoraSegment
 from adapter_router.engine.resident import ResidentAdapter
+
+_NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,11 @@ class BatchPlan:
 
     def lora(self, path: str) -> list[LoraSegment] | None:
         """Every segment with its adapter's factors for the module ``path``; None when no adapter acts there."""
-        factors = [segment.adapter and segment.adapter.lora.get(path) for segment in self.segments]
+        factors = [s.adapter.lora.get(path) if s.adapter else None for s in self.segments]
         if not any(factors):
             return None
         return [
-            LoraSegment(s.stop - s.start, f.a, f.b) if f else LoraSegment(s.stop - s.start, None, None)
+            LoraSegment(s.stop - s.start, f.rank, f.a, f.b) if f else LoraSegment(s.stop - s.start, 0, _NONE, _NONE)
             for s, f in zip(self.segments, factors, strict=True)
         ]
 
@@ -57,12 +61,14 @@ class BatchPlan:
 
 
 def sorted_order(adapters: Sequence[ResidentAdapter | None]) -> list[int]:
-    """Row numbers in plan order: adapters of one rank side by side, rows of one adapter adjacent."""
-    return sorted(range(len(adapters)), key=lambda row: _rank_and_digest(adapters[row]))
+    """Row numbers in plan order: rows of one adapter adjacent, adapters of one rank and number of rows side by side."""
+    rows = Counter(adapter.digest for adapter in adapters if adapter)
 
+    def place(row: int) -> tuple[int, int, str]:
+        adapter = adapters[row]
+        return (adapter.max_rank, rows[adapter.digest], adapter.digest) if adapter else (0, 0, "")
 
-def _rank_and_digest(adapter: ResidentAdapter | None) -> tuple[int, str]:
-    return (adapter.max_rank, adapter.digest) if adapter else (0, "")
+    return sorted(range(len(adapters)), key=place)
 
 
 class ActivePlan:

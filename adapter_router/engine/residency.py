@@ -179,4 +179,5 @@ class Residency:
         }
         for path in heads:
             self._base.group_module(path)
-        return ResidentAdapter(digest, lora, heads, tensors.num_labels, num_bytes)
+        max_rank = max((factors.rank for factors in lora.values()), default=0)
+        return ResidentAdapter(digest, lora, heads, tensors.num_labels, num_bytes, max_rank)

@@ -13,10 +13,14 @@ from adapter_router.adapters.validate import AdapterTensors, LoraPair
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Device form of a LoraPair: ``a`` (in, rank) and ``b`` (rank, out), contiguous float32, scaling folded into ``b``."""
+    """Device form of a LoraPair: ``a`` (in, rank), ``b`` (rank, out) with the scaling folded in; contiguous float32."""
 
     a: torch.Tensor
     b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
 
     @classmethod
     def of(cls, pair: LoraPair, device: torch.device) -> LoraFactors:
@@ -34,10 +38,7 @@ class ResidentAdapter:
     heads: Mapping[str, nn.Module]
     num_labels: int
     num_bytes: int
-
-    @property
-    def max_rank(self) -> int:
-        return max((factors.a.shape[1] for factors in self.lora.values()), default=0)
+    max_rank: int
 
 
 def device_bytes(tensors: AdapterTensors, head_dtype: torch.dtype) -> int:

@@ -30,7 +30,9 @@ def activate(logits: Array, activation: Activation) -> Array:
     wide = logits.astype(np.float64)
     if activation == "softmax":
         exponentials = np.exp(wide - wide.max())
-        return exponentials / exponentials.sum()  # type: ignore[no-any-return]
+        softmax: Array = exponentials / exponentials.sum()
+        return softmax
     if activation == "sigmoid":
-        return 0.5 * (1.0 + np.tanh(0.5 * wide))  # type: ignore[no-any-return]
+        sigmoid: Array = 0.5 * (1.0 + np.tanh(0.5 * wide))
+        return sigmoid
     return wide

@@ -16,9 +16,7 @@ from adapter_router.routing.fleet import ReplicaState
 _NEW_HOMES = 2
 
 
-def choose(
-    digest: str | None, num_rows: int, states: Sequence[ReplicaState], config: RoutingConfig
-) -> ReplicaState:
+def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], config: RoutingConfig) -> ReplicaState:
     """The replica for ``num_rows`` rows of one adapter; ``states`` is not empty and holds the load so far.
 
     Candidates are the holders and the first two rendezvous homes among the others. One that already holds more than

@@ -50,7 +50,7 @@ class Batcher:
         return max(0.0, self._queue[0].arrived + self._batch_wait_s - now)
 
     def take(self, num_replicas: int) -> list[Waiting]:
-        """The oldest rows, a full batch for each of ``num_replicas`` free replicas; rows nobody waits for are dropped."""
+        """The oldest rows, a full batch for each of ``num_replicas``; rows nobody waits for any more are dropped."""
         batch: list[Waiting] = []
         while self._queue and len(batch) < self._max_batch_rows * num_replicas:
             waiting = self._queue.popleft()

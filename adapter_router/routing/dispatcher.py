@@ -104,10 +104,10 @@ class Dispatcher:
             else:
                 await self._sleep(closes_in if free else _POLL_S)
 
-    async def _sleep(self, timeout: float | None) -> None:
-        """Until something happens, at most ``timeout`` seconds; None: while no row waits."""
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until something happens, at most ``seconds``; None: while no row waits."""
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            await asyncio.wait_for(self._wake.wait(), seconds)
         except TimeoutError:
             return
 
