@@ -21,6 +21,7 @@ class EngineMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.calls = _counter(self, "engine_calls", "Batches of rows handed to the engine")
         self.forwards = _counter(self, "forwards", "Forward passes of the base model")
         self.forward_rows = _histogram(self, "forward_rows", "Rows in a forward pass", _ROW_BUCKETS)
         self.forward_adapters = _histogram(self, "forward_adapters", "Adapters in a forward pass", _ROW_BUCKETS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -62,7 +61,6 @@ class AppArgs(_Strict):
     num_gpus: float = Field(default=0.0, ge=0)
     adapters: list[AdapterArgs] = []
     routing: RoutingArgs = RoutingArgs()
-    runtime_env: dict[str, Any] = {}
 
 
 def build(args: AppArgs) -> serve.Application:
@@ -81,11 +79,7 @@ def build(args: AppArgs) -> serve.Application:
         name="replica",
         num_replicas=args.replicas,
         max_ongoing_requests=64,
-        ray_actor_options={
-            "num_cpus": args.num_cpus,
-            "num_gpus": args.num_gpus,
-            "runtime_env": args.runtime_env,
-        },
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.request_router:PinnedRequestRouter"
         ),
@@ -96,7 +90,7 @@ def build(args: AppArgs) -> serve.Application:
         serve.ingress(build_http)(Router),
         name="router",
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": args.runtime_env},
+        ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_wait_loop_s=0.1,
     )
     adapters = [AdapterSource(a.name, a.path, a.task, a.labels) for a in args.adapters]

@@ -23,6 +23,8 @@ import transformers
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
 from deployments.demo.tenants import ADAPTERS, BASE, BASE_SHA256
+from deployments.local import deploy, local_ray
+from tests.serving import Application, demo_args, free_port
 from tests.tiny import TinyBase
 
 torch.set_num_threads(1)
@@ -48,3 +50,11 @@ def real_engine() -> Iterator[Engine]:
         for name, directory in ADAPTERS.items():
             engine.load_adapter(name, directory)
         yield engine
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    """The demo's application: two replicas, four tenants, HTTP."""
+    port = free_port()
+    with local_ray(port):
+        yield Application(deploy(demo_args(tmp_path_factory.mktemp("store"))), port)

@@ -527,6 +527,7 @@ ODD: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"layer\.[0].*": 5},
         "alpha_pattern": {".*value": 0.5},
     },
+    "tails end at dots": {"target_modules": ["query", "alue"], "alpha_pattern": {"uery": 40, "elf.query": 40}},
     "saved inner module": {"target_modules": ["query", "dense"], "modules_to_save": ["pooler"]},
     "alpha of zero": {"lora_alpha": 0},
 }

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_router.catalog.location import resolve
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import AdapterFiles
 
@@ -61,11 +62,14 @@ class ContentStore:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def admit(self, source: str | os.PathLike[str]) -> StoredAdapter:
-        """Copy the adapter directory ``source`` into the store; admitting the same content twice is free of effect.
+        """Copy the adapter directory ``source`` (or ``package:…``) into the store; the same content is kept once.
 
         Raises AdapterRejected with every problem of the directory itself.
         """
-        directory = Path(source)
+        try:
+            directory = Path(resolve(os.fspath(source)))
+        except ValueError as error:
+            raise AdapterRejected.because([str(error)]) from error
         problems = _directory_problems(directory)
         if problems:
             raise AdapterRejected.because(problems)

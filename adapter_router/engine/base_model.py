@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import inspect
 import json
 import threading
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapter_router.adapters.base_spec import BaseSpec, LinearSpec
 from adapter_router.adapters.head_config import ACTIVATIONS
+from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
 from adapter_router.engine.inputs import FEATURES, InputEncoder, InputLimits
 from adapter_router.engine.layers import GroupedLinear, GroupedModule
@@ -40,7 +40,7 @@ class BaseModel:
         """
         self._auto_class: Any = AUTO_CLASSES[task]
         self.device = _device(config.device)
-        source = _resolve(config.base)
+        source = resolve(config.base)
         _check_digest(source, config.base_sha256)
         self.model, untrained = self._read(source, config.dtype)
         self._config: PretrainedConfig = self.model.config
@@ -119,17 +119,6 @@ class BaseModel:
             with torch.device("meta"):
                 self._templates[num_labels] = self._auto_class.from_config(config)
         return self._templates[num_labels]
-
-
-def _resolve(base: str) -> str:
-    """``package:module/subdir`` -> the folder inside the installed package (found without importing it)."""
-    if not base.startswith("package:"):
-        return base
-    name, _, subdirectory = base.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"base {base!r}: no installed package {name!r}")
-    return str(Path(next(iter(spec.submodule_search_locations))) / subdirectory)
 
 
 def _check_digest(source: str, expected: str | None) -> None:

