@@ -50,10 +50,17 @@ def demo_args(store: Path, **changes: Any) -> AppArgs:
     return AppArgs(**{**fields, **changes})
 
 
-def replica_pids() -> list[int]:
-    """Processes of our replicas, by the title Ray gives them; only children of this process' Ray."""
-    ours = psutil.Process().children(recursive=True)
-    return [p.pid for p in ours if any("ServeReplica:adapter-router:replica" in part for part in p.cmdline())]
+def serve_pids(deployment: str) -> list[int]:
+    """Living processes of one deployment of ours, by the title Ray gives them; only children of this process."""
+    title = f"ServeReplica:adapter-router:{deployment}"
+    return [p.pid for p in psutil.Process().children(recursive=True) if title in _title(p)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just died
+        return ""
 
 
 def free_port() -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from adapter_router.catalog.location import resolve
 from adapter_router.types import Row, RowResult
 from deployments.demo.tenants import ADAPTERS, BASE, SAMPLES
-from tests.serving import Application
+from tests.serving import Application, serve_pids
 from tests.tiny import edit_config
 
 pytestmark = pytest.mark.serve
@@ -207,9 +206,8 @@ def test_probes(app: Application) -> None:
 @pytest.mark.usefixtures("app")
 def test_the_router_process_holds_no_torch() -> None:
     """Seen from outside: no torch library is mapped into it."""
-    children = psutil.Process().children(recursive=True)
-    (router,) = [p for p in children if "ServeReplica:adapter-router:router" in " ".join(p.cmdline())]
-    assert "libtorch" not in Path(f"/proc/{router.pid}/maps").read_text()
+    (router,) = serve_pids("router")
+    assert "libtorch" not in Path(f"/proc/{router}/maps").read_text()
 
 
 def _replicas(app: Application) -> set[str]:

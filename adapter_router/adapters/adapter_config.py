@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_router.adapters.patterns import in_saved_module, layer_index, matches_names, matching_keys
+from adapter_router.adapters.patterns import Matcher
 
-# Identity and training-only fields: no effect on what a loaded adapter computes.
 # Identity and training-only fields: no effect on what a loaded adapter computes.
 _HARMLESS = {
     "auto_mapping",
@@ -52,6 +51,7 @@ _SERVED = {
 }
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_RANK = 4096
+_MAX_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -70,28 +70,31 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     task_type: str | None
 
+    matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
+
     def rank_of(self, path: str) -> int:
         """Rank of the target module ``path``."""
-        keys = matching_keys(self.rank_pattern, path)
+        keys = self.matcher.matching_keys(self.rank_pattern, path)
         return self.rank_pattern[keys[0]] if keys else self.r
 
-    def scaling_of(self, path: str) -> float:
+    def scaling_of(self, path: str, rank: int) -> float:
         """``s`` of ``y = Wx + s B A x``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        keys = matching_keys(self.alpha_pattern, path)
+        keys = self.matcher.matching_keys(self.alpha_pattern, path)
         alpha = self.alpha_pattern[keys[0]] if keys else self.lora_alpha
-        rank = self.rank_of(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would put LoRA on the module ``path``."""
-        if self.exclude_modules and matches_names(self.exclude_modules, path):
+        if self.exclude_modules and self.matcher.names(self.exclude_modules, path):
             return False
-        if in_saved_module(self.modules_to_save, path) or not matches_names(self.target_modules, path):
+        if self.matcher.in_saved_module(self.modules_to_save, path):
+            return False
+        if not self.matcher.names(self.target_modules, path):
             return False
         named_in_full = isinstance(self.target_modules, str) or path in self.target_modules
         if not self.layers_to_transform or named_in_full:
             return True
-        return layer_index(self.layers_pattern, path) in self.layers_to_transform
+        return self.matcher.layer_index(self.layers_pattern, path) in self.layers_to_transform
 
     def saves(self, path: str) -> bool:
         """Whether PEFT would store the whole module ``path``: it ends in a saved name, with or without a dot."""
@@ -101,9 +104,19 @@ class AdapterConfig:
         """Pattern keys beyond the first that match ``path`` with another value: PEFT's own files reorder them."""
         overlaps = []
         for patterns in (self.rank_pattern, self.alpha_pattern):
-            keys = matching_keys(patterns, path)
+            keys = self.matcher.matching_keys(patterns, path)
             overlaps += [key for key in keys[1:] if patterns[key] != patterns[keys[0]]]
         return overlaps
+
+    def pattern_problems(self, paths: Iterable[str]) -> list[str]:
+        """What is wrong with the expressions, found by trying every one of them on every path."""
+        for path in paths:
+            self.overlapping_patterns(path)
+            self.matcher.names(self.target_modules, path)
+            self.matcher.names(self.exclude_modules, path)
+            self.matcher.in_saved_module(self.modules_to_save, path)
+            self.matcher.layer_index(self.layers_pattern, path)
+        return list(self.matcher.problems.values())
 
 
 def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
@@ -116,7 +129,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         return None, ["adapter_config.json is not a JSON object"]
     if document.get("peft_type") != "LORA":
         return None, [f"peft_type {document.get('peft_type')!r} is not served; only 'LORA' is"]
-    problems = _unserved(document)
+    problems = _unserved(document) + _contradictions(document)
     reader = _FieldReader(document, problems)
     config = AdapterConfig(
         r=reader.rank("r", document.get("r", 8)),
@@ -134,20 +147,38 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
     return config, problems
 
 
+def _contradictions(document: dict[str, Any]) -> list[str]:
+    """Combinations that PEFT itself refuses."""
+    problems = []
+    layers = document.get("layers_to_transform")
+    for name in ("layers_to_transform", "layers_pattern"):
+        if document.get(name) and isinstance(document.get("target_modules"), str):
+            problems.append(f"{name} needs target_modules to be a list, it is an expression")
+    if document.get("layers_pattern") and layers is None:
+        problems.append("layers_pattern needs layers_to_transform")
+    return problems
+
+
 def _unserved(document: dict[str, Any]) -> list[str]:
     problems = []
     for name, value in document.items():
-        if name not in _SERVED | _HARMLESS and value not in (None, False, "", [], {}):
+        unset = value is None or value is False or value in ("", [], {})
+        if name not in _SERVED | _HARMLESS and not unset:
             problems.append(f"{name}={json.dumps(value)[:80]} is not served")
     if document.get("bias", "none") != "none":
         problems.append(f"bias={document['bias']!r} is not served; train with bias='none'")
     init = document.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         problems.append(
             f"init_lora_weights={init!r} changes the base model's weights; convert the adapter with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return problems
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class _FieldReader:
@@ -160,25 +191,25 @@ class _FieldReader:
     def rank(self, name: str, value: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK:
             return value
-        self._problems.append(f"{name} is {value!r}, must be an integer from 1 to {_MAX_RANK}")
+        self._problems.append(f"{name} is {_short(value)}, must be an integer from 1 to {_MAX_RANK}")
         return 1
 
     def number(self, name: str, value: Any) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA:
             return value
-        self._problems.append(f"{name} is {value!r}, must be a finite number")
+        self._problems.append(f"{name} is {_short(value)}, must be a number of at most {_MAX_ALPHA:g}")
         return 0.0
 
     def flag(self, name: str) -> bool:
         value = self._document.get(name) or False
         if not isinstance(value, bool):
-            self._problems.append(f"{name} is {value!r}, must be true or false")
+            self._problems.append(f"{name} is {_short(value)}, must be true or false")
         return bool(value)
 
     def pattern(self, name: str, read: Any) -> dict[str, Any]:
         value = self._document.get(name) or {}
         if not isinstance(value, dict):
-            self._problems.append(f"{name} is {value!r}, must be an object")
+            self._problems.append(f"{name} is {_short(value)}, must be an object")
             return {}
         return {key: read(f"{name}[{key!r}]", entry) for key, entry in value.items()}
 
@@ -190,7 +221,7 @@ class _FieldReader:
         value = self._document.get(name) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
-            self._problems.append(f"{name} is {value!r}, must be a list of names")
+            self._problems.append(f"{name} is {_short(value)}, must be a list of names")
             return ()
         return tuple(dict.fromkeys(value))
 
@@ -198,6 +229,6 @@ class _FieldReader:
         value = self._document.get(name)
         value = [] if value is None else [value] if isinstance(value, int) else value
         if not isinstance(value, list) or not all(isinstance(entry, int) for entry in value):
-            self._problems.append(f"{name} is {value!r}, must be a list of layer numbers")
+            self._problems.append(f"{name} is {_short(value)}, must be a list of layer numbers")
             return ()
         return tuple(value)

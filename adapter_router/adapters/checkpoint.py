@@ -15,40 +15,40 @@ _MAX_TENSORS = 32_768
 _DTYPES = frozenset({"F32", "F16", "BF16"})
 
 
-def read_tensors(raw: bytes) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors in their file's dtype, and every problem of the file; tensors are empty when there is a problem."""
+def read_tensors(raw: bytes) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
+    """Tensors in their file's dtype, and every problem of the file; None where the file cannot be read at all."""
     header, problems = _read_header(raw)
-    problems += _header_problems(header)
-    if problems:
-        return {}, problems
+    if header is None:
+        return None, problems
+    problems = _dtype_problems(header)
     try:
         tensors = load(raw)
-    except SafetensorError as error:
-        return {}, [f"adapter_model.safetensors is damaged: {error}"]
-    problems = [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not bool(t.isfinite().all())]
-    return ({}, problems) if problems else (tensors, [])
+    except (SafetensorError, KeyError, ValueError) as error:
+        return None, [*problems, f"adapter_model.safetensors is damaged: {error}"]
+    problems += [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not bool(t.isfinite().all())]
+    return tensors, problems
 
 
-def _read_header(raw: bytes) -> tuple[dict[str, Any], list[str]]:
+def _read_header(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     """The JSON header: 8 bytes of little-endian length, then that many bytes."""
     if len(raw) < 8:
-        return {}, [f"adapter_model.safetensors is damaged: {len(raw)} bytes is no header"]
+        return None, [f"adapter_model.safetensors is damaged: {len(raw)} bytes is no header"]
     (length,) = struct.unpack("<Q", raw[:8])
     if length > _MAX_HEADER_BYTES:
-        return {}, [f"adapter_model.safetensors has a header of {length} bytes, the limit is {_MAX_HEADER_BYTES}"]
+        return None, [f"adapter_model.safetensors has a header of {length} bytes, the limit is {_MAX_HEADER_BYTES}"]
     try:
         header = json.loads(raw[8 : 8 + length])
     except (ValueError, RecursionError):
-        return {}, ["adapter_model.safetensors is damaged: its header is not JSON"]
+        return None, ["adapter_model.safetensors is damaged: its header is not JSON"]
     if not isinstance(header, dict):
-        return {}, ["adapter_model.safetensors is damaged: its header is not a JSON object"]
-    return header, []
-
-
-def _header_problems(header: dict[str, Any]) -> list[str]:
+        return None, ["adapter_model.safetensors is damaged: its header is not a JSON object"]
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if len(entries) > _MAX_TENSORS:
-        return [f"adapter_model.safetensors has {len(entries)} tensors, the limit is {_MAX_TENSORS}"]
+        return None, [f"adapter_model.safetensors has {len(entries)} tensors, the limit is {_MAX_TENSORS}"]
+    return entries, []
+
+
+def _dtype_problems(entries: dict[str, Any]) -> list[str]:
     return [
         f"{name} has dtype {entry.get('dtype')}, served are {', '.join(sorted(_DTYPES))}"
         for name, entry in entries.items()

@@ -40,9 +40,9 @@ def parse_head_config(raw: bytes | None) -> tuple[HeadConfig, list[str]]:
         return HeadConfig(), ["config.json is not a JSON object"]
     labels, problems = _labels(document.get("id2label"))
     problem_type = document.get("problem_type")
-    if problem_type not in ACTIVATIONS:
-        problems.append(f"config.json: problem_type {problem_type!r} is none of {list(ACTIVATIONS)[1:]}")
-    activation = ACTIVATIONS.get(problem_type) if problem_type is not None else None
+    activation = ACTIVATIONS.get(problem_type) if isinstance(problem_type, str) else None
+    if problem_type is not None and activation is None:
+        problems.append(f"config.json: problem_type {problem_type!r:.80} is none of {list(ACTIVATIONS)[1:]}")
     return HeadConfig(labels, activation, document.get("model_type")), problems
 
 

@@ -1,56 +1,94 @@
-"""PEFT's rules for matching module paths, with a time limit on every user-supplied expression.
+"""PEFT's rules for matching module paths, on expressions that strangers wrote.
 
-The rules are those of peft 0.21 (``tuners_utils.check_target_module_exists``, ``other.get_pattern_key``,
-``other._set_trainable``).
+The rules are those of peft 0.21 (``tuners_utils.check_target_module_exists``, ``other.get_pattern_key``). PEFT uses
+``re``, which cannot be interrupted; we match with ``regex``, which can, and refuse what the two would read differently.
 """
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable
 
 import regex
 
-_TIMEOUT_S = 0.05
+_MATCH_LIMIT_S = 0.05
+_ADAPTER_LIMIT_S = 1.0
+# A brace that is no quantifier is literal text to ``re`` and a fuzzy match to ``regex``; so are POSIX classes.
+_READ_DIFFERENTLY = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[\[?:")
+_ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]:]*\]", re.DOTALL)
 
 
-class PatternError(ValueError):
-    """An expression that does not compile, or takes too long on some module path."""
+class Matcher:
+    """The expressions of one adapter, each compiled once, all of them matched within one time limit.
 
-
-def matching_keys(patterns: Iterable[str], path: str) -> list[str]:
-    """``rank_pattern`` and ``alpha_pattern``: the keys that match ``path`` at its end, at a dot.
-
-    PEFT takes the FIRST in file order.
+    A faulty expression matches nothing and is listed in ``problems``.
     """
-    return [key for key in patterns if _match(rf"(.*\.)?({key})$", path)]
+
+    def __init__(self) -> None:
+        self.problems: dict[str, str] = {}
+        self._compiled: dict[str, regex.Pattern[str] | None] = {}
+        self._found: dict[tuple[str, str], regex.Match[str] | None] = {}
+        self._left_s = _ADAPTER_LIMIT_S
+
+    def matching_keys(self, patterns: Iterable[str], path: str) -> list[str]:
+        """``rank_pattern`` and ``alpha_pattern``: the keys that match ``path`` at its end, at a dot.
+
+        PEFT takes the FIRST in file order.
+        """
+        return [key for key in patterns if self._match(rf"(.*\.)?({key})$", path, key)]
+
+    def names(self, names: str | tuple[str, ...], path: str) -> bool:
+        """``target_modules`` and ``exclude_modules``: a string is a full-match expression, a list holds path tails."""
+        if isinstance(names, str):
+            found = self._match(names, path, names)
+            return found is not None
+        return any(path == name or path.endswith("." + name) for name in names)
+
+    def in_saved_module(self, names: Iterable[str], path: str) -> bool:
+        """Whether a module lies in one that ``modules_to_save`` names; such a module is never a LoRA target."""
+        return any(self._match(rf"(^|.*\.){name}($|\..*)", path, name) for name in names)
+
+    def layer_index(self, layers_patterns: tuple[str, ...], path: str) -> int | None:
+        """The layer number of ``path``: what follows one of ``layers_patterns``, else the first number between dots."""
+        if not layers_patterns:
+            found = self._match(r".*?\.[^.]*\.(?P<index>\d+)\..*", path, "")
+            return int(found["index"]) if found else None
+        for pattern in layers_patterns:
+            found = self._match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\..*", path, pattern)
+            if found is not None:
+                return int(found["index"])
+        return None
+
+    def _match(self, expression: str, path: str, written: str) -> regex.Match[str] | None:
+        """Full match of ``expression``, which PEFT makes of ``written``."""
+        if (expression, path) in self._found:
+            return self._found[expression, path]
+        compiled = self._compile(expression, written)
+        if compiled is None or written in self.problems:
+            return None
+        start = time.perf_counter()
+        try:
+            found = compiled.fullmatch(path, timeout=min(_MATCH_LIMIT_S, self._left_s))
+        except TimeoutError:
+            self.problems[written] = f"pattern {_short(written)} takes too long on {path!r}"
+            return None
+        self._left_s = max(1e-6, self._left_s - (time.perf_counter() - start))
+        self._found[expression, path] = found
+        return found
+
+    def _compile(self, expression: str, written: str) -> regex.Pattern[str] | None:
+        if expression not in self._compiled:
+            self._compiled[expression] = None
+            try:
+                re.compile(expression)
+                self._compiled[expression] = regex.compile(expression)
+            except (re.error, regex.error, OverflowError, RecursionError) as error:
+                self.problems[written] = f"pattern {_short(written)} is not a regular expression: {error}"
+            if _READ_DIFFERENTLY.search(_ESCAPED.sub("", written)):
+                self.problems.setdefault(written, f"pattern {_short(written)} has a stray brace or a [:class:]")
+        return self._compiled[expression]
 
 
-def matches_names(names: str | tuple[str, ...], path: str) -> bool:
-    """``target_modules`` and ``exclude_modules``: a string is a full-match expression, a list holds path tails."""
-    if isinstance(names, str):
-        return _match(rf"(?:{names})\Z", path) is not None
-    return any(path == name or path.endswith("." + name) for name in names)
-
-
-def in_saved_module(names: Iterable[str], path: str) -> bool:
-    """Whether a module lies in one that ``modules_to_save`` names; such a module is never a LoRA target."""
-    return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
-
-
-def layer_index(layers_patterns: tuple[str, ...], path: str) -> int | None:
-    """The layer number of ``path``: what follows one of ``layers_patterns``, else the first number between dots."""
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in layers_patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
-        found = _match(expression, path)
-        if found is not None:
-            return int(found.group(1))
-    return None
-
-
-def _match(expression: str, path: str) -> regex.Match[str] | None:
-    try:
-        return regex.match(expression, path, timeout=_TIMEOUT_S)
-    except TimeoutError as error:
-        raise PatternError(f"pattern {expression!r} takes too long on {path!r}") from error
-    except regex.error as error:
-        raise PatternError(f"pattern {expression!r} is not a regular expression: {error}") from error
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -16,12 +16,12 @@ from adapter_router.adapters.adapter_config import AdapterConfig, parse_adapter_
 from adapter_router.adapters.base_spec import BaseSpec, Shape
 from adapter_router.adapters.checkpoint import read_tensors
 from adapter_router.adapters.head_config import HeadConfig, parse_head_config
-from adapter_router.adapters.patterns import PatternError
 from adapter_router.errors import AdapterRejected
 from adapter_router.types import Activation, AdapterFiles
 
 _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+_TASK_TYPES = ("SEQ_CLS", None)
 _LISTED = 8  # names of one kind that a problem spells out
 # PEFT adds these names itself for classification tasks, whether or not the model has them.
 _IMPLIED_SAVED = frozenset({"classifier", "score"})
@@ -66,14 +66,12 @@ def validate(files: AdapterFiles, base: BaseSpec, labels: tuple[str, ...] | None
     problems += head_problems + tensor_problems
     if head.model_type is not None and head.model_type != base.model_type:
         problems.append(f"adapter was trained on a {head.model_type!r} model, this base is {base.model_type!r}")
-    if config is None or tensor_problems:
+    if config is None or tensors is None:
         raise AdapterRejected.because(problems)
+    problems += config.pattern_problems(base.linears)
     check = _Check(config, base, problems)
-    try:
-        check.run(tensors)
-        check.choose_labels(labels, head)
-    except PatternError as error:
-        problems.append(str(error))
+    check.run(tensors)
+    check.choose_labels(labels, head)
     if problems:
         raise AdapterRejected.because(problems)
     return AdapterTensors(
@@ -111,6 +109,8 @@ class _Check:
                 unknown.append(key)
         if unknown:
             self.problems.append(f"{len(unknown)} tensors have no place in this base: {_some(unknown)}")
+        if self.config.task_type not in _TASK_TYPES:
+            self.problems.append(f"task_type {self.config.task_type!r:.80} is not served; only SEQ_CLS is")
         if not sides and not saved:
             self.problems.append("the adapter has no tensor for this base")
         self._check_targets(set(sides))
@@ -129,6 +129,8 @@ class _Check:
         self.labels = named or tuple(f"LABEL_{index}" for index in range(self.num_labels))
 
     def _check_targets(self, present: set[str]) -> None:
+        if self.config.matcher.problems:
+            return  # what the patterns mean is not known
         declared = {path for path in self.base.linears if self.config.targets(path)}
         missing = sorted(declared - present)
         if missing:
@@ -146,7 +148,9 @@ class _Check:
         if set(sides) != {"A", "B"}:
             self.problems.append(f"{path} has lora_{'/'.join(sides)} without its partner")
             return
-        linear, rank = self.base.linears[path], self.config.rank_of(path)
+        linear = self.base.linears[path]
+        # Where a pattern is faulty the rank it means is not known: then the tensors' own must do.
+        rank = sides["A"].shape[0] if self.config.matcher.problems else self.config.rank_of(path)
         shapes_fit = True
         for side, expected in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
             if tuple(sides[side].shape) != expected:
@@ -156,7 +160,7 @@ class _Check:
         if overlaps:
             self.warnings.append(f"{path}: patterns {overlaps} also match; the first in the file was taken, as in PEFT")
         if shapes_fit:
-            self.pairs[path] = LoraPair(sides["A"], sides["B"], self.config.scaling_of(path))
+            self.pairs[path] = LoraPair(sides["A"], sides["B"], self.config.scaling_of(path, rank))
 
     def _saved_root(self, parameter: str) -> str | None:
         """Path of the outermost saved module that holds ``parameter``."""
@@ -201,6 +205,8 @@ class _Check:
             for name, axis in self.base.label_axes.items()
             if name in saved and saved[name].dim() > axis
         }
+        if 0 in counts.values():
+            self.problems.append(f"the head has no labels: {[name for name, count in counts.items() if not count]}")
         if len(set(counts.values())) > 1:
             self.problems.append(f"the head's tensors disagree on the number of labels: {counts}")
         return next(iter(counts.values()), self.base.num_labels)

@@ -68,12 +68,14 @@ class ContentStore:
         """
         try:
             directory = Path(resolve(os.fspath(source)))
+            problems = _directory_problems(directory)
         except ValueError as error:
-            raise AdapterRejected.because([str(error)]) from error
-        problems = _directory_problems(directory)
+            problems = [str(error)]
+        except OSError as error:
+            problems = [f"{os.fspath(source):.200} is not a directory that can be read: {error.strerror}"]
         if problems:
             raise AdapterRejected.because(problems)
-        staging = Path(tempfile.mkdtemp(dir=self.root, prefix=".staging-"))
+        staging = self._scratch()
         try:
             hasher = _ContentHash()
             for name in _FILES:
@@ -85,6 +87,9 @@ class ContentStore:
             raise AdapterRejected.because([f"{source} cannot be copied: {error.strerror}"]) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _scratch(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.root, prefix=".staging-"))
 
     def _publish(self, staging: Path, digest: str) -> StoredAdapter:
         stored = StoredAdapter(digest, self.root / digest.replace(":", "-"))
@@ -100,8 +105,10 @@ class ContentStore:
         try:
             stored.read()
         except AdapterUnavailable:
-            for path in staging.iterdir():
-                path.replace(stored.directory / path.name)
+            damaged = self._scratch()
+            stored.directory.rename(damaged)
+            staging.rename(stored.directory)
+            shutil.rmtree(damaged, ignore_errors=True)
 
 
 class _ContentHash:

@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification
 from adapter_router.types import Activation, Array, Classification, TaskKind
 
 AUTO_CLASSES: dict[TaskKind, type] = {"text-classification": AutoModelForSequenceClassification}
-PEFT_TASK_TYPES: dict[str | None, TaskKind] = {"SEQ_CLS": "text-classification", None: "text-classification"}
 
 
 def classify(logits: Array, labels: Sequence[str], activation: Activation) -> Classification:
