@@ -1,0 +1,33 @@
+# Every target sets itself up in .venv, from constraints.txt; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo serve test check bench venv clean
+
+demo: .venv/demo.done  ## four real tenants on a real base: mixed answers, proven right
+	$(BIN)/adapter-router demo
+
+serve: .venv/demo.done  ## the same application, until Ctrl-C
+	$(BIN)/adapter-router serve
+
+test: .venv/dev.done  ## all tests, real models and a local Ray included
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+check: .venv/dev.done  ## style, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/dev.done  ## all benchmarks; results go to benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.grouped_forward --json benchmarks/results/grouped_forward.json
+
+venv: .venv/dev.done  ## only the environment, with test extras and PEFT
+
+clean:
+	rm -rf .venv
+
+.venv/%.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
