@@ -84,6 +84,7 @@ def build(args: AppArgs) -> serve.Application:
             request_router_class="deployments.request_router:PinnedRequestRouter"
         ),
         health_check_period_s=1.0,
+        health_check_timeout_s=90.0,  # a check waits for the forward that is running
         graceful_shutdown_wait_loop_s=0.1,
     )
     router = serve.deployment(

@@ -66,6 +66,8 @@ def test_token_ids_are_accepted(app: Application) -> None:
         ({"model": "language", "input": "word " * 600}, 400, "context_length_exceeded"),
         ({"model": "language", "input": [99999999]}, 400, "invalid_request"),
         ({"model": "language", "input": "x", "truncate_prompt_tokens": 0}, 400, "invalid_request"),
+        ({"model": "language", "input": "x y z", "truncate_prompt_tokens": 2}, 400, "invalid_request"),
+        ({"model": "language", "input": "half a pair \ud83d"}, 400, "invalid_request"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(app: Application, body: dict[str, Any], status: int, code: str) -> None:

@@ -23,6 +23,7 @@ class BaseSpec:
     ``label_axes``: parameters whose shape follows the number of labels -> the axis that does.
     ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an adapter
     must bring its own.
+    ``rowwise``: modules that map rows to rows, and so can differ from row to row.
     """
 
     model_type: str
@@ -31,6 +32,7 @@ class BaseSpec:
     parameters: Mapping[str, Shape]
     label_axes: Mapping[str, int]
     untrained: frozenset[str]
+    rowwise: frozenset[str]
 
     def has_module(self, path: str) -> bool:
         """Whether a module of that dotted path holds parameters."""

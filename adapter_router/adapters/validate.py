@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +115,7 @@ class _Check:
         if not sides and not saved:
             self.problems.append("the adapter has no tensor for this base")
         self._check_targets(set(sides))
+        self._check_rowwise(sides.keys() & self.base.linears.keys())
         for path, pair in sides.items():
             self._check_pair(path, pair)
         self._check_saved(saved)
@@ -175,6 +177,7 @@ class _Check:
         self._check_saved_names()
         roots = {root for name in self.base.parameters if (root := self._saved_root(name))}
         self.num_labels = self._count_labels(saved)
+        self._check_rowwise(roots)
         for root in sorted(roots):
             expected = self.base.parameters_of(root)
             missing = sorted(expected.keys() - saved.keys())
@@ -192,6 +195,11 @@ class _Check:
                 f"neither the base nor the adapter holds {_some(random)}; "
                 "add the module to modules_to_save and train it"
             )
+
+    def _check_rowwise(self, paths: Set[str]) -> None:
+        shared = sorted(paths - self.base.rowwise)
+        if shared:
+            self.problems.append(f"this base does not compute these modules row by row: {_some(shared)}")
 
     def _check_saved_names(self) -> None:
         paths = self.base.module_paths()

@@ -23,6 +23,7 @@ from adapter_router.config import EngineConfig
 from adapter_router.engine.inputs import FEATURES, InputEncoder, InputLimits
 from adapter_router.engine.layers import GroupedLinear, GroupedModule
 from adapter_router.engine.plan import ActivePlan, BatchPlan
+from adapter_router.engine.probe import rowwise_modules
 from adapter_router.engine.tasks import AUTO_CLASSES
 from adapter_router.types import Activation, TaskKind
 
@@ -109,7 +110,8 @@ class BaseModel:
         }
         linears = {path: spec for path, module in self.model.named_modules() if (spec := _linear_spec(module))}
         num_labels: int = self._config.num_labels
-        return BaseSpec(self._config.model_type, num_labels, linears, shapes, label_axes, untrained)
+        rowwise = rowwise_modules(self.model, _features(self.model), self.device)
+        return BaseSpec(self._config.model_type, num_labels, linears, shapes, label_axes, untrained, rowwise)
 
     def _template(self, num_labels: int) -> PreTrainedModel:
         """The architecture with ``num_labels`` labels, without weights."""
@@ -157,9 +159,12 @@ def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
             max_tokens = min(max_tokens, module.num_embeddings - unused)
     if tokenizer is not None:
         max_tokens = min(max_tokens, tokenizer.model_max_length)
+    return InputLimits(config.vocab_size, max_tokens, _features(model), config.pad_token_id or 0)
+
+
+def _features(model: PreTrainedModel) -> tuple[str, ...]:
     accepted = inspect.signature(model.forward).parameters
-    features = tuple(name for name in FEATURES if name in accepted)
-    return InputLimits(config.vocab_size, max_tokens, features, config.pad_token_id or 0)
+    return tuple(name for name in FEATURES if name in accepted)
 
 
 def _linear_spec(module: nn.Module) -> LinearSpec | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from adapter_router.adapters.validate import AdapterTensors
@@ -20,19 +17,30 @@ from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.forward import Forward
 from adapter_router.engine.inputs import EncodedRow
-from adapter_router.engine.plan import BatchPlan, sorted_order
 from adapter_router.engine.residency import Residency
 from adapter_router.engine.resident import ResidentAdapter, device_bytes
 from adapter_router.engine.tasks import classify
 from adapter_router.errors import (
     AdapterNotFound,
+    AdapterRejected,
     AdapterRouterError,
     InternalError,
     TaskMismatch,
 )
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion, Array, BaseInfo, LoadReport, Row, RowOutcome, RowResult, TaskKind
+from adapter_router.types import (
+    TASK_KINDS,
+    AdapterVersion,
+    Array,
+    BaseInfo,
+    LoadReport,
+    Row,
+    RowOutcome,
+    RowResult,
+    TaskKind,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +69,7 @@ class Engine:
         self.metrics = EngineMetrics()
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
         self._catalog = Catalog()
-        self._forward_lock = threading.Lock()
+        self._forward = Forward(self.base, self.metrics)
 
     def __enter__(self) -> Engine:
         return self
@@ -105,6 +113,8 @@ class Engine:
 
         Raises AdapterRejected with every problem.
         """
+        if task is not None and task not in TASK_KINDS:
+            raise AdapterRejected.because([f"task {task!r} is not served; served are {', '.join(TASK_KINDS)}"])
         tensors = self._residency.register(stored, tuple(labels) if labels is not None else None)
         version = AdapterVersion(
             adapter, stored.digest, stored.directory, task or "text-classification", tensors.labels, tensors.activation
@@ -134,10 +144,7 @@ class Engine:
 
     def check_forward(self, timeout_s: float) -> bool:
         """Whether the forward pass is free within ``timeout_s``: False when one has been stuck that long."""
-        free = self._forward_lock.acquire(timeout=timeout_s)
-        if free:
-            self._forward_lock.release()
-        return free
+        return self._forward.free(timeout_s)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -160,6 +167,9 @@ class Engine:
                 jobs.append(self._encode(index, row, version))
             except AdapterRouterError as error:
                 outcomes[index] = error
+            except Exception as error:
+                logger.exception("a row of adapter %s cannot be encoded", row.adapter)
+                outcomes[index] = InternalError(f"the row cannot be encoded: {type(error).__name__}")
         # Rows of like length share a forward, so that a long one costs the others little padding.
         jobs.sort(key=lambda job: job.encoded.num_tokens)
         for start in range(0, len(jobs), self.config.max_batch_rows):
@@ -214,51 +224,15 @@ class Engine:
         self, jobs: Sequence[_Job], leased: dict[str, ResidentAdapter], outcomes: dict[int, RowOutcome]
     ) -> None:
         try:
-            if jobs:
-                adapters = [leased[job.version.digest] if job.version else None for job in jobs]
-                self._forward_or_split(jobs, adapters, outcomes)
+            adapters = [leased[job.version.digest] if job.version else None for job in jobs]
+            answers = self._forward.run([job.encoded for job in jobs], adapters) if jobs else []
+            for job, answer in zip(jobs, answers, strict=True):
+                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._result(job, answer)
         finally:
             for digest in leased:
                 self._residency.release(digest)
 
-    def _forward_or_split(
-        self, jobs: Sequence[_Job], adapters: Sequence[ResidentAdapter | None], outcomes: dict[int, RowOutcome]
-    ) -> None:
-        """One forward; when it raises, halves of it, so that only the row to blame fails."""
-        try:
-            logits = self._forward(jobs, adapters)
-        except Exception as error:
-            if len(jobs) == 1:
-                logger.exception("row of adapter %s failed", jobs[0].row.adapter)
-                outcomes[jobs[0].index] = InternalError(f"the forward pass failed: {type(error).__name__}")
-                return
-            middle = len(jobs) // 2
-            self._forward_or_split(jobs[:middle], adapters[:middle], outcomes)
-            self._forward_or_split(jobs[middle:], adapters[middle:], outcomes)
-            return
-        for job, adapter, row_logits in zip(jobs, adapters, logits, strict=True):
-            num_labels = adapter.num_labels if adapter else self.base.spec.num_labels
-            outcomes[job.index] = self._answer(job, row_logits[:num_labels])
-
-    def _forward(self, jobs: Sequence[_Job], adapters: Sequence[ResidentAdapter | None]) -> Array:
-        """Logits of (rows, widest head) in the order of ``jobs``."""
-        order = sorted_order(adapters)
-        plan = BatchPlan([adapters[row] for row in order])
-        features = self.base.encoder.collate([jobs[row].encoded for row in order], self.base.device)
-        with self._forward_lock:
-            start = time.perf_counter()
-            logits = self.base.forward(features, plan).float().cpu().numpy()
-            self.metrics.forward_seconds.observe(time.perf_counter() - start)
-        self.metrics.forwards.inc()
-        self.metrics.forward_rows.observe(len(jobs))
-        self.metrics.forward_adapters.observe(len({id(adapter) for adapter in adapters}))
-        unsorted = np.empty_like(logits)
-        unsorted[order] = logits
-        return unsorted
-
-    def _answer(self, job: _Job, logits: Array) -> RowOutcome:
-        if not np.isfinite(logits).all():
-            return InternalError("the model's output is not finite")
+    def _result(self, job: _Job, logits: Array) -> RowResult:
         version = job.version
         activation = version.activation if version else self.base.activation
         if job.row.parameters.get("use_activation") is False:

@@ -84,14 +84,18 @@ class InputEncoder:
         value = row.parameters.get("truncate_prompt_tokens")
         if value is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-            raise InvalidRequest("truncate_prompt_tokens must be a positive integer, or -1 for the model's limit",
-                                 "truncate_prompt_tokens")  # fmt: skip
+        # Asked for no more than its special tokens, a tokenizer would not truncate at all, and say nothing.
+        least = 1 + (self._tokenizer.num_special_tokens_to_add() if self._tokenizer else 0)
+        if not isinstance(value, int) or isinstance(value, bool) or (value < least and value != -1):
+            problem = f"truncate_prompt_tokens must be an integer of at least {least}, or -1 for the model's limit"
+            raise InvalidRequest(problem, "truncate_prompt_tokens")
         return self._limits.max_tokens if value == -1 else min(value, self._limits.max_tokens)
 
     def _tokenise(self, text: str, max_length: int | None) -> EncodedRow:
         if self._tokenizer is None:
             raise InvalidRequest("this base model has no tokenizer; send input_ids", "inputs")
+        if not _is_unicode(text):
+            raise InvalidRequest("the text holds half of a surrogate pair, which is no character", "inputs")
         with self._tokenizer_lock:
             encoded = self._tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)
         features = {name: np.asarray(encoded[name]) for name in self._limits.features if name in encoded}
@@ -121,3 +125,11 @@ class InputEncoder:
         if mask.min() < 0 or mask.max() != 1:
             raise InvalidRequest("attention_mask must hold 0 and 1, and at least one 1", "inputs")
         return EncodedRow({name: array.astype(np.int64) for name, array in arrays.items()})
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""The documents name what exists, and the router's floor stands without torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.local import read_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_file_named_in_the_architecture_exists_and_none_is_missing() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"\b(\w+\.py)\b", text))
+    files = [*(ROOT / "adapter_router").rglob("*.py"), *(ROOT / "deployments").rglob("*.py")]
+    assert named - {file.name for file in files} == set()
+    documented_apart = {"__init__.py", "run.py", "tenants.py", "operation.py"}
+    assert {file.name for file in files} - named - documented_apart == set()
+
+
+def test_every_test_file_named_in_the_readme_exists() -> None:
+    named = set(re.findall(r"`(tests/\w+\.py)`", (ROOT / "README.md").read_text()))
+    assert named and all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["adapter_router.routing.dispatcher", "adapter_router.catalog.store", "adapter_router.catalog.adapters"],
+)
+def test_loads_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "deployments" / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_shipped_configs_are_valid(config: Path) -> None:
+    ServeDeploySchema(**yaml.safe_load(config.read_text()))
+    assert read_config(config).adapters
+
+
+def test_a_config_with_an_unknown_argument_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("applications: [{args: {base: x, replica: 2}}]")
+    with pytest.raises(ValueError, match="replica"):
+        read_config(path)
