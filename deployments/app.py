@@ -1,7 +1,6 @@
 """``build(args) -> Application``: what Serve configs and the command line start."""
 
-from __future__ import annotations
-
+# No postponed annotations in this module: Serve reads the type of build's argument from its signature.
 import os
 from pathlib import Path
 

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from adapter_router.catalog.location import resolve
 from adapter_router.types import Row, RowResult
 from deployments.demo.tenants import ADAPTERS, BASE, SAMPLES
-from tests.serving import Application, serve_pids
+from tests.serving import Application, serve_pids, wait_for
 from tests.tiny import edit_config
 
 pytestmark = pytest.mark.serve
@@ -67,7 +70,6 @@ def test_token_ids_are_accepted(app: Application) -> None:
         ({"model": "language", "input": [99999999]}, 400, "invalid_request"),
         ({"model": "language", "input": "x", "truncate_prompt_tokens": 0}, 400, "invalid_request"),
         ({"model": "language", "input": "x y z", "truncate_prompt_tokens": 2}, 400, "invalid_request"),
-        ({"model": "language", "input": "half a pair \ud83d"}, 400, "invalid_request"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(app: Application, body: dict[str, Any], status: int, code: str) -> None:
@@ -76,10 +78,14 @@ def test_bad_requests_say_what_is_wrong(app: Application, body: dict[str, Any], 
     assert set(answer["error"]) >= {"message", "type", "param", "code"} and "Traceback" not in str(answer)
 
 
-def test_malformed_json_and_unknown_paths_answer_in_the_same_shape(app: Application) -> None:
-    response = app.http.post("/v1/classify", content=b'{"model": ', headers={"content-type": "application/json"})
+@pytest.mark.parametrize("content", [b'{"model": ', b'{"model": "language", "input": "half a pair \\ud83d"}', b"\xff"])
+def test_malformed_json_answers_in_the_same_shape(app: Application, content: bytes) -> None:
+    response = app.http.post("/v1/classify", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_request"
-    assert app.http.get("/v1/nothing").json()["error"]["code"] == 404
+
+
+def test_unknown_paths_answer_in_the_same_shape(app: Application) -> None:
+    assert app.http.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
 
 def test_a_long_text_is_cut_when_asked(app: Application) -> None:
@@ -223,3 +229,19 @@ def _random_adapter(directory: Path, seed: int) -> Path:
     lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"], init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(directory)
     return directory
+
+
+def test_a_serve_config_starts_the_same_application(app: Application, tmp_path: Path) -> None:
+    """The way of `serve deploy` and KubeRay: the controller imports `deployments.app:build`."""
+    config = yaml.safe_load(Path(resolve("package:deployments/configs/cpu.yaml")).read_text())
+    (application,) = config["applications"]
+    application.update(name="from-config", route_prefix="/from-config")
+    application["args"].update(replicas=1, num_cpus=0.1, store_dir=str(tmp_path / "store"))
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
+    try:
+        wait_for(lambda: serve.status().applications["from-config"].status == "RUNNING", timeout_s=120)
+        assert app.http.get("/from-config/readyz").json() == {"ready": True, "failed_adapters": {}}
+        body = {"model": "smart-home", "input": "set a timer for ten minutes"}
+        assert app.http.post("/from-config/v1/classify", json=body).json()["data"][0]["label"] == "timer"
+    finally:
+        serve.delete("from-config")

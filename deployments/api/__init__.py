@@ -10,6 +10,13 @@ from starlette.exceptions import HTTPException
 from adapter_router.errors import AdapterRouterError, InvalidRequest
 from deployments.api import adapters, classify, operation
 
+# What the framework itself answers: status -> (type, code).
+_HTTP_ERRORS = {
+    400: ("BadRequestError", "invalid_request"),
+    404: ("NotFoundError", "not_found"),
+    405: ("MethodNotAllowedError", "method_not_allowed"),
+}
+
 
 def build_http() -> FastAPI:
     """The application that Serve mounts on the router."""
@@ -38,5 +45,6 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    body = {"error": {"message": error.detail, "type": "HTTPException", "param": None, "code": error.status_code}}
+    kind, code = _HTTP_ERRORS.get(error.status_code, ("HTTPError", "http_error"))
+    body = {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, error.status_code, error.headers)
