@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from adapter_router.catalog.location import resolve
@@ -49,8 +50,9 @@ def _serve(config: str, host: str, port: int) -> int:
     with local_ray(port, host, log_to_stderr=True):
         deploy(app_args)
         print(f"serving on http://{host}:{port} - try GET /v1/models, POST /v1/classify, GET /metrics", flush=True)
-        stop = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
-        signal.sigwait(stop)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
         print("stopping", flush=True)
     return 0

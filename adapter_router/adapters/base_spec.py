@@ -34,10 +34,6 @@ class BaseSpec:
     untrained: frozenset[str]
     rowwise: frozenset[str]
 
-    def has_module(self, path: str) -> bool:
-        """Whether a module of that dotted path holds parameters."""
-        return any(name.startswith(path + ".") for name in self.parameters)
-
     def parameters_of(self, path: str) -> dict[str, Shape]:
         """Shapes of a module's parameters by their full names."""
         return {name: shape for name, shape in self.parameters.items() if name.startswith(path + ".")}

@@ -96,29 +96,38 @@ class _Check:
 
     def run(self, tensors: dict[str, torch.Tensor]) -> None:
         """Give every tensor its role, then check each role's shapes and completeness."""
+        sides, saved, unknown = self._sort(tensors)
+        if unknown:
+            self.problems.append(f"{len(unknown)} tensors have no place in this base: {_some(unknown)}")
+        if not sides and not saved:
+            self.problems.append("the adapter has no tensor for this base")
+        if self.config.task_type not in _TASK_TYPES:
+            self.problems.append(f"task_type {self.config.task_type!r:.80} is not served; only SEQ_CLS is")
+        self._check_targets(set(sides))
+        self._check_rowwise(sides.keys() & self.base.linears.keys())
+        for path, pair in sides.items():
+            self._check_pair(path, pair)
+        self._check_saved(saved)
+
+    def _sort(
+        self, tensors: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], list[str]]:
+        """Tensors by role: LoRA sides by module and side, saved parameters by name, keys without any role."""
         sides: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         saved: dict[str, torch.Tensor] = {}
         unknown = []
         for key, tensor in tensors.items():
             name = key.removeprefix(_PREFIX)
             lora = _LORA_KEY.fullmatch(name)
-            if lora and key.startswith(_PREFIX):
+            if not key.startswith(_PREFIX):
+                unknown.append(key)
+            elif lora:
                 sides[lora["path"]][lora["side"]] = tensor
-            elif key.startswith(_PREFIX) and name in self.base.parameters and self._saved_root(name):
+            elif name in self.base.parameters and self._saved_root(name):
                 saved[name] = tensor
             else:
                 unknown.append(key)
-        if unknown:
-            self.problems.append(f"{len(unknown)} tensors have no place in this base: {_some(unknown)}")
-        if self.config.task_type not in _TASK_TYPES:
-            self.problems.append(f"task_type {self.config.task_type!r:.80} is not served; only SEQ_CLS is")
-        if not sides and not saved:
-            self.problems.append("the adapter has no tensor for this base")
-        self._check_targets(set(sides))
-        self._check_rowwise(sides.keys() & self.base.linears.keys())
-        for path, pair in sides.items():
-            self._check_pair(path, pair)
-        self._check_saved(saved)
+        return sides, saved, unknown
 
     def choose_labels(self, override: tuple[str, ...] | None, head: HeadConfig) -> None:
         """Label names: the caller's, else the directory's, else ``LABEL_0``… as transformers names them."""

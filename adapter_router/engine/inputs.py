@@ -111,20 +111,21 @@ class InputEncoder:
             )
         if "input_ids" not in inputs:
             raise InvalidRequest("input_ids is missing", "inputs")
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        length = arrays["input_ids"].shape
-        for name, array in arrays.items():
-            if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape != length or array.size == 0:
-                raise InvalidRequest(
-                    f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs"
-                )
+        arrays = {name: _integers(name, value, int(np.size(inputs["input_ids"]))) for name, value in inputs.items()}
         ids = arrays["input_ids"]
         if ids.min() < 0 or ids.max() >= self._limits.vocab_size:
             raise InvalidRequest(f"input_ids must lie in 0 to {self._limits.vocab_size - 1}", "inputs")
         mask = arrays.setdefault("attention_mask", np.ones_like(ids))
         if mask.min() < 0 or mask.max() != 1:
             raise InvalidRequest("attention_mask must hold 0 and 1, and at least one 1", "inputs")
-        return EncodedRow({name: array.astype(np.int64) for name, array in arrays.items()})
+        return EncodedRow(arrays)
+
+
+def _integers(name: str, value: Array, length: int) -> Array:
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) != length or length == 0:
+        raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs")
+    return array.astype(np.int64)
 
 
 def _is_unicode(text: str) -> bool:
