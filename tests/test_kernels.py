@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapter_router.engine.kernels import LoraSegment, add_lora
+from adapter_router.engine.kernels import LoraSegment, Scratch, add_lora
 from adapter_router.engine.plan import BatchPlan, sorted_order
 from adapter_router.engine.resident import LoraFactors, ResidentAdapter
 
@@ -37,6 +37,7 @@ def reference(y: torch.Tensor, x: torch.Tensor, segments: list[LoraSegment]) -> 
 def test_equals_the_reference_for_any_mix(inner: tuple[int, ...], dtype: torch.dtype, atol: float) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
+    scratch = Scratch()
     for _ in range(50):
         sizes = torch.randint(1, 4, (6,), generator=generator).tolist()
         ranks = [[0, 1, 4, 4, 8][i] for i in torch.randint(0, 5, (6,), generator=generator)]
@@ -44,7 +45,7 @@ def test_equals_the_reference_for_any_mix(inner: tuple[int, ...], dtype: torch.d
         x = torch.randn(sum(sizes), *inner, IN).to(dtype)
         y = torch.randn(sum(sizes), *inner, OUT).to(dtype)
         expected = reference(y, x, segments)
-        out = add_lora(y.clone(), x, segments)
+        out = add_lora(y.clone(), x, segments, scratch)
         assert out.dtype == dtype and out.shape == y.shape
         torch.testing.assert_close(out.double(), expected, atol=atol, rtol=1e-6 if dtype == torch.float32 else 2e-2)
 
@@ -53,8 +54,8 @@ def test_half_precision_is_rounded_once() -> None:
     torch.manual_seed(0)
     segments = [segment(2, 8), segment(1, 4)]
     x, y = torch.randn(3, 5, IN).bfloat16(), torch.randn(3, 5, OUT).bfloat16()
-    wide = add_lora(y.float(), x.float(), segments)
-    assert torch.equal(add_lora(y.clone(), x, segments), wide.bfloat16())
+    wide = add_lora(y.float(), x.float(), segments, Scratch())
+    assert torch.equal(add_lora(y.clone(), x, segments, Scratch()), wide.bfloat16())
 
 
 class CountOps(TorchDispatchMode):
@@ -74,7 +75,7 @@ def test_equal_segments_cost_two_products_however_many(num_adapters: int) -> Non
     segments = [segment(1, 8) for _ in range(num_adapters)]
     x, y = torch.randn(num_adapters, 5, IN), torch.randn(num_adapters, 5, OUT)
     with CountOps() as count:
-        add_lora(y, x, segments)
+        add_lora(y, x, segments, Scratch())
     products = {name: n for name, n in count.ops.items() if "mm" in name}
     assert products == {"aten::bmm": 1, "aten::baddbmm_": 1}
 

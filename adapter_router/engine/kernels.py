@@ -29,7 +29,24 @@ class LoraSegment(NamedTuple):
     b: torch.Tensor  # (rank, out)
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) -> torch.Tensor:
+class Scratch:
+    """Memory in which factors are stacked, used again and again: it stays in cache, and no pages are mapped anew."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def stack(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(matrices, rows, columns); valid until the next call."""
+        first = matrices[0]
+        size = len(matrices) * first.numel()
+        if self._flat.numel() < size or self._flat.device != first.device:
+            self._flat = torch.empty(size, dtype=first.dtype, device=first.device)
+        stacked = self._flat[:size].view(len(matrices), *first.shape)
+        torch.stack(tuple(matrices), out=stacked)
+        return stacked
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment], scratch: Scratch) -> torch.Tensor:
     """``y`` (rows, …, out) plus each segment's LoRA of ``x`` (rows, …, in); may write ``y`` in place.
 
     ``segments`` cover all rows, in order.
@@ -43,7 +60,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[LoraSegment]) 
             # (segments, rows of a segment x tokens, features): one matrix for each adapter of the run.
             x_run = wide_x[start:stop].reshape(len(members), -1, x.shape[-1])
             y_run = wide_y[start:stop].view(len(members), -1, y.shape[-1])
-            shrunk = torch.bmm(x_run, torch.stack([segment.a for segment in members]))
-            y_run.baddbmm_(shrunk, torch.stack([segment.b for segment in members]))
+            shrunk = torch.bmm(x_run, scratch.stack([segment.a for segment in members]))
+            y_run.baddbmm_(shrunk, scratch.stack([segment.b for segment in members]))
         start = stop
     return wide_y.to(y.dtype)

@@ -33,7 +33,7 @@ class GroupedLinear:
         if segments is None:
             return y
         _check_rows(self._path, x, plan)
-        return add_lora(y, x, segments)
+        return add_lora(y, x, segments, self._active.scratch)
 
 
 class GroupedModule:

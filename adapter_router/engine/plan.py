@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from adapter_router.engine.kernels import LoraSegment
+from adapter_router.engine.kernels import LoraSegment, Scratch
 from adapter_router.engine.resident import ResidentAdapter
 
 _NONE = torch.empty(0)
@@ -72,13 +72,14 @@ def sorted_order(adapters: Sequence[ResidentAdapter | None]) -> list[int]:
 
 
 class ActivePlan:
-    """The plan of the forward that is running on one base model, None between forwards.
+    """The plan of the forward that is running on one base model (None between forwards), and its scratch memory.
 
     Owned by one engine and read by that engine's layers, so two engines in one process do not meet.
     """
 
     def __init__(self) -> None:
         self.plan: BatchPlan | None = None
+        self.scratch = Scratch()
 
     @contextmanager
     def running(self, plan: BatchPlan) -> Iterator[None]:
