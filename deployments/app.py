@@ -11,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from adapter_router.config import EngineConfig, RoutingConfig
 from adapter_router.types import TaskKind
 from deployments.api import build_http
-from deployments.replica import Replica
+from deployments.replica import MAX_CALLS, Replica
 from deployments.router import AdapterSource, Router
 
 APP_NAME = "adapter-router"
@@ -77,7 +77,7 @@ def build(args: AppArgs) -> serve.Application:
         Replica,
         name="replica",
         num_replicas=args.replicas,
-        max_ongoing_requests=64,
+        max_ongoing_requests=MAX_CALLS,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.request_router:PinnedRequestRouter"

@@ -15,7 +15,7 @@ from adapter_router.errors import AdapterRouterError
 from adapter_router.metrics import exposition
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply, TaskKind
 
-_THREADS = 64  # shards whose adapters are being loaded wait in threads; forwards take turns
+MAX_CALLS = 256  # each in a thread: shards whose adapters are being loaded wait, forwards take turns
 _STUCK_FORWARD_S = 60.0
 
 
@@ -27,7 +27,7 @@ class Replica:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._engine = Engine(config)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="shard")
+        self._threads = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="shard")
         self._probe = ThreadPoolExecutor(1, thread_name_prefix="health")
 
     async def infer(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> ShardReply:

@@ -15,7 +15,7 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapter_router.catalog.adapters import Catalog
-from adapter_router.catalog.store import ContentStore
+from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterNotFound, AdapterRouterError, ReplicaLost
 from adapter_router.metrics import RouterMetrics, exposition, merged_exposition
@@ -65,6 +65,9 @@ class Router:
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer rows in order; an error stands in the place of the row it concerns."""
         found = [self._find(row.adapter) for row in rows]
+        for version in found:
+            if isinstance(version, AdapterRouterError):
+                self._metrics.errors.labels(version.code).inc()
         known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
         answered = iter(await self._dispatcher.submit(known) if known else ())
         return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
@@ -127,6 +130,15 @@ class Router:
         if not replace:
             self._catalog.check_free(source.name)
         stored = await asyncio.to_thread(self._store.admit, source.path)
+        try:
+            report = await self._admit(source, stored)
+        except ReplicaLost:
+            report = await self._admit(source, stored)
+        self._catalog.add(report.version, replace=replace)
+        self.failures.pop(source.name, None)
+        return report
+
+    async def _admit(self, source: AdapterSource, stored: StoredAdapter) -> LoadReport:
         replica = await self._dispatcher.home(stored.digest)
         report: LoadReport | AdapterRouterError = await self._call(
             replica, "admit", source.name, stored, source.task, source.labels
@@ -134,8 +146,6 @@ class Router:
         if isinstance(report, AdapterRouterError):
             raise report
         self._dispatcher.fleet.loaded(replica, stored.digest)
-        self._catalog.add(report.version, replace=replace)
-        self.failures.pop(source.name, None)
         return report
 
     def _find(self, adapter: str | None) -> AdapterVersion | AdapterRouterError | None:

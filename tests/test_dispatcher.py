@@ -194,6 +194,18 @@ def test_errors_stay_with_their_rows() -> None:
     run(scenario())
 
 
+def test_a_fault_in_dispatching_costs_one_batch_only() -> None:
+    async def scenario() -> None:
+        router = dispatcher(Replicas("r0"))
+        broken: Any = AdapterVersion("a", ["unhashable"], Path("unused"), "text-classification", ("x",), "softmax")  # type: ignore[arg-type]
+        (failed,) = await router.submit([(Row("x", "a"), broken)])
+        assert isinstance(failed, InternalError)
+        assert labels(await router.submit([(Row("after"), None)])) == ["after"]
+        await router.close()
+
+    run(scenario())
+
+
 def test_a_full_queue_refuses_at_once() -> None:
     async def scenario() -> None:
         replicas = Replicas("r0", seconds=0.2)

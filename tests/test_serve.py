@@ -203,6 +203,9 @@ def test_metrics_show_the_whole_application(app: Application) -> None:
     errors = app.metric("row_errors_total", code="context_length_exceeded")
     app.infer_many([Row("word " * 600, "language")])
     assert app.metric("row_errors_total", code="context_length_exceeded") == errors + 1
+    unknown = app.metric("row_errors_total", code="model_not_found")
+    app.infer_many([Row("x", "nobody")])
+    assert app.metric("row_errors_total", code="model_not_found") == unknown + 1
 
 
 def test_probes(app: Application) -> None:

@@ -115,8 +115,10 @@ class InputEncoder:
         ids = arrays["input_ids"]
         if ids.min() < 0 or ids.max() >= self._limits.vocab_size:
             raise InvalidRequest(f"input_ids must lie in 0 to {self._limits.vocab_size - 1}", "inputs")
-        mask = arrays.setdefault("attention_mask", np.ones_like(ids))
-        if mask.min() < 0 or mask.max() != 1:
+        mask = arrays.get("attention_mask")
+        if mask is None:
+            arrays["attention_mask"] = np.ones_like(ids)
+        elif mask.min() < 0 or mask.max() != 1:
             raise InvalidRequest("attention_mask must hold 0 and 1, and at least one 1", "inputs")
         return EncodedRow(arrays)
 
@@ -125,7 +127,7 @@ def _integers(name: str, value: Array, length: int) -> Array:
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) != length or length == 0:
         raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _is_unicode(text: str) -> bool:

@@ -61,11 +61,12 @@ class GroupedModule:
         for head, segments in groups:
             own_args = [_select(value, segments, plan.num_rows) for value in args]
             own_kwargs = {name: _select(value, segments, plan.num_rows) for name, value in kwargs.items()}
+            if head is not None:
+                outputs.append((segments, head(*own_args, **own_kwargs)))
+                continue
             # The base's own module may hold grouped layers: they must see just the rows it is given.
             with self._active.running(plan.narrowed(segments)):
-                run = self._base_forward if head is None else head
-                output = run(*own_args, **own_kwargs)
-            outputs.append((segments, output))
+                outputs.append((segments, self._base_forward(*own_args, **own_kwargs)))
         return _join(outputs, plan.num_rows)
 
 

@@ -100,9 +100,17 @@ class Dispatcher:
             closes_in = self._batcher.closes_in(time.monotonic())
             free = self.fleet.free(self._config.calls_per_replica)
             if closes_in == 0.0 and free:
-                self._start(self._batcher.take(len(free)))
+                self._start_or_fail(self._batcher.take(len(free)))
             else:
                 await self._sleep(closes_in if free else _POLL_S)
+
+    def _start_or_fail(self, batch: Sequence[Waiting]) -> None:
+        """A fault of ours costs one batch, never the loop that everybody's rows depend on."""
+        try:
+            self._start(batch)
+        except Exception:
+            logger.exception("a batch of %d rows cannot be dispatched", len(batch))
+            _resolve(batch, [InternalError("the batch cannot be dispatched")] * len(batch))
 
     async def _sleep(self, seconds: float | None) -> None:
         """Until something happens, at most ``seconds``; None: while no row waits."""
@@ -164,16 +172,16 @@ class Dispatcher:
             await self._redispatch(shard, error)
         except AdapterRouterError as error:
             self._give_back(shard)
-            _resolve(shard, [error] * len(shard.rows))
+            _resolve(shard.rows, [error] * len(shard.rows))
         except Exception as error:
             logger.exception("replica %s failed on %d rows", shard.replica, len(shard.rows))
             self._give_back(shard)
-            _resolve(shard, [InternalError(f"the replica failed: {type(error).__name__}")] * len(shard.rows))
+            _resolve(shard.rows, [InternalError(f"the replica failed: {type(error).__name__}")] * len(shard.rows))
         else:
             self._give_back(shard)
             row_s = None if shard.cold else (time.monotonic() - start) / len(shard.rows)
             self.fleet.observe(shard.replica, reply.resident, row_s, reply.load_s)
-            _resolve(shard, reply.outcomes)
+            _resolve(shard.rows, [_signed(outcome, shard.replica) for outcome in reply.outcomes])
 
     def _give_back(self, shard: _Shard) -> None:
         self.fleet.returned(shard.replica, len(shard.rows), cold=shard.cold)
@@ -182,7 +190,7 @@ class Dispatcher:
     async def _redispatch(self, shard: _Shard, error: ReplicaLost) -> None:
         """Send a lost replica's rows to another, once: inference has no side effects."""
         if shard.retried:
-            _resolve(shard, [error] * len(shard.rows))
+            _resolve(shard.rows, [error] * len(shard.rows))
             return
         self._metrics.retries.inc()
         avoid = await self._other_than(shard.replica)
@@ -210,8 +218,11 @@ class Dispatcher:
                 self._metrics.errors.labels(outcome.code).inc()
 
 
-def _resolve(shard: _Shard, outcomes: Sequence[RowOutcome]) -> None:
-    for entry, outcome in zip(shard.rows, outcomes, strict=True):
+def _resolve(rows: Sequence[Waiting], outcomes: Sequence[RowOutcome]) -> None:
+    for entry, outcome in zip(rows, outcomes, strict=True):
         if not entry.answer.done():
-            named = replace(outcome, replica=shard.replica) if isinstance(outcome, RowResult) else outcome
-            entry.answer.set_result(named)
+            entry.answer.set_result(outcome)
+
+
+def _signed(outcome: RowOutcome, replica: str) -> RowOutcome:
+    return replace(outcome, replica=replica) if isinstance(outcome, RowResult) else outcome
