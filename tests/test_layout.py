@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -52,3 +53,20 @@ def test_a_config_with_an_unknown_argument_is_refused(tmp_path: Path) -> None:
     path.write_text("applications: [{args: {base: x, replica: 2}}]")
     with pytest.raises(ValueError, match="replica"):
         read_config(path)
+
+
+def test_figures_in_the_readme_are_those_of_the_committed_run() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "grouped_forward.json").read_text())
+    values = {result["name"]: result["value"] for result in document["results"]}
+    sizes = {"MiniLM size": "minilm", "BERT base size": "bert-base"}
+    targets = {"query, value": "qv", "all linear layers": "all-linear"}
+    ranks = {"8": "r8", "8, 16, 32, 64": "r8-16-32-64"}
+    figures = ("ours_over_base", "peft_mixed_over_base", "ours_over_peft_mixed", "ours_over_peft_loop")
+    rows = re.findall(
+        r"^\| (\w+ \w+ ?\w*) \| ([\w, ]+) \| ([\d, ]+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(rows) == len(sizes) * len(targets) * len(ranks)
+    for size, target, rank, cells in rows:
+        case = f"{sizes[size]}/{targets[target]}/{ranks[rank]}/32"
+        shown = [float(cell.strip(" *\u00d7")) for cell in cells.split("|")]
+        assert shown == [round(values[f"{case}/{figure}"], 2) for figure in figures]
