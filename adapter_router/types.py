@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypedDict
 
 import numpy.typing as npt
 
-from adapter_router.errors import AdapterRouterError
+from adapter_router.errors import AdapterRouterError, InvalidRequest
 
 TaskKind = Literal["text-classification"]
 TASK_KINDS: tuple[TaskKind, ...] = ("text-classification",)
@@ -20,6 +21,15 @@ Activation = Literal["softmax", "sigmoid", "none"]
 Array = npt.NDArray[Any]
 Inputs = str | Mapping[str, Array]
 """Text, or the model's own features by name as 1-D arrays of one length (``input_ids``, ``attention_mask``…)."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: JSON lets halves of surrogate pairs through, nothing else does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,15 @@ class Row:
     adapter: str | None = None
     task: TaskKind | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest for what could not even be looked at; values are checked where the row is encoded."""
+        for name, kinds in (("inputs", (str, Mapping)), ("adapter", (str, NoneType)), ("parameters", (Mapping,))):
+            if not isinstance(getattr(self, name), kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise InvalidRequest(
+                    f"a row's {name} must be {expected}, not {type(getattr(self, name)).__name__}", name
+                )
 
 
 class Classification(TypedDict):
@@ -68,11 +87,12 @@ RowOutcome = RowResult | AdapterRouterError
 
 @dataclass(frozen=True)
 class ShardReply:
-    """A replica's answer to one shard: outcomes in the shard's order, and what the replica holds now.
+    """A replica's answer to one shard: outcomes in the shard's order, and what ``replica`` holds now.
 
     ``load_s``: mean time the replica needs to load an adapter.
     """
 
+    replica: str
     outcomes: list[RowOutcome]
     resident: frozenset[str]
     load_s: float

@@ -71,6 +71,7 @@ def build(args: AppArgs) -> serve.Application:
         dtype=args.dtype,
         adapter_memory_bytes=args.adapter_memory_bytes,
         num_threads=args.num_threads,
+        max_batch_rows=args.routing.max_batch_rows,
         store_dir=Path(args.store_dir),
     )
     replicas = serve.deployment(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import transformers
+from ray import serve
 
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.config import EngineConfig
@@ -26,6 +27,7 @@ class Replica:
         # Heads that the base lacks are the adapters' business; transformers' report of them would alarm for nothing.
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        self._name = serve.get_replica_context().replica_id.unique_id
         self._engine = Engine(config)
         self._threads = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="shard")
         self._probe = ThreadPoolExecutor(1, thread_name_prefix="health")
@@ -34,7 +36,7 @@ class Replica:
         """One shard: outcomes in order."""
         loop = asyncio.get_running_loop()
         outcomes = await loop.run_in_executor(self._threads, self._engine.infer_versions, rows, versions)
-        return ShardReply(outcomes, frozenset(self._engine.resident()), self._engine.load_s)
+        return ShardReply(self._name, outcomes, frozenset(self._engine.resident()), self._engine.load_s)
 
     async def admit(
         self, adapter: str, stored: StoredAdapter, task: TaskKind | None, labels: Sequence[str] | None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray import exceptions, serve
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import AdapterNotFound, AdapterRouterError, ReplicaLost
+from adapter_router.errors import AdapterNotFound, AdapterRouterError, InvalidRequest, ReplicaLost
 from adapter_router.metrics import RouterMetrics, exposition, merged_exposition
 from adapter_router.routing.dispatcher import Dispatcher
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, RowOutcome, ShardReply, TaskKind
@@ -87,7 +87,9 @@ class Router:
         From then on every replica, also one that starts later, can serve it. Returns the error when it is refused.
         """
         try:
-            return await self._load(AdapterSource(name, path, task, tuple(labels) if labels else None), replace)
+            return await self._load(
+                AdapterSource(name, path, task, tuple(labels) if labels is not None else None), replace
+            )
         except AdapterRouterError as error:
             return error
 
@@ -98,7 +100,8 @@ class Router:
         except AdapterNotFound as error:
             return error
         if not self._catalog.holds(version.digest):
-            await asyncio.gather(*(self._call(replica, "evict", version.digest) for replica in self._living()))
+            evictions = [self._call(replica, "evict", version.digest) for replica in self._living()]
+            await asyncio.gather(*evictions, return_exceptions=True)  # a lost replica holds nothing any more
         return version
 
     async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
@@ -127,8 +130,9 @@ class Router:
 
     async def _load(self, source: AdapterSource, replace: bool) -> LoadReport:
         """Copy, check on the replica that will be the adapter's home, register."""
-        if not replace:
-            self._catalog.check_free(source.name)
+        if source.name == self._base.name:
+            raise InvalidRequest(f"{source.name!r} is the base model's name", "lora_name")
+        self._catalog.check_name(source.name, replace=replace)
         stored = await asyncio.to_thread(self._store.admit, source.path)
         try:
             report = await self._admit(source, stored)
@@ -157,7 +161,7 @@ class Router:
         return replica_view.replicas(self._replicas.app_name, self._replicas.deployment_name)
 
     async def _send(self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> ShardReply:
-        by_reference = sum(_num_bytes(row) for row in rows) > _BY_VALUE_BYTES
+        by_reference = len(pickle.dumps((rows, versions))) > _BY_VALUE_BYTES
         reply: ShardReply = await self._call(replica, "infer", rows, versions, by_reference=by_reference)
         return reply
 
@@ -168,12 +172,6 @@ class Router:
             return await handle.remote(*args)
         except _LOST as error:
             raise ReplicaLost(f"replica {replica} was lost; try again") from error
-
-
-def _num_bytes(row: Row) -> int:
-    if isinstance(row.inputs, str):
-        return len(row.inputs)
-    return sum(np.asarray(array).nbytes for array in row.inputs.values())
 
 
 def current_router() -> Router:

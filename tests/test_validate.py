@@ -251,7 +251,7 @@ CONFIGS: list[tuple[str, Spoil, list[str]]] = [
     ),
     (
         "head not declared",
-        configured(modules_to_save=None),
+        configured(modules_to_save=None, task_type=None),
         ["no place in this base", "neither the base nor the adapter"],
     ),
     ("peft_type IA3", configured(peft_type="IA3"), ["peft_type 'IA3' is not served"]),

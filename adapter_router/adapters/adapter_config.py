@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,14 @@ _SERVED = {
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_RANK = 4096
 _MAX_ALPHA = 1e9
+_MAX_NAMES = 1000
+_MAX_TARGETS = 20_000
+_MAX_NAME_LENGTH = 2000
+_LIMITS = f"(at most {_MAX_NAMES}, each of at most {_MAX_NAME_LENGTH} characters)"
+
+
+# PEFT adds these itself for classification tasks, whether or not the model has them.
+IMPLIED_SAVED = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         return None, [f"peft_type {document.get('peft_type')!r} is not served; only 'LORA' is"]
     problems = _unserved(document) + _contradictions(document)
     reader = _FieldReader(document, problems)
+    classifies = document.get("task_type") == "SEQ_CLS"
     config = AdapterConfig(
         r=reader.rank("r", document.get("r", 8)),
         lora_alpha=reader.number("lora_alpha", document.get("lora_alpha", 8)),
@@ -141,7 +150,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         exclude_modules=reader.names("exclude_modules"),
         layers_to_transform=reader.indices("layers_to_transform"),
         layers_pattern=reader.name_list("layers_pattern"),
-        modules_to_save=reader.name_list("modules_to_save"),
+        modules_to_save=reader.name_list("modules_to_save") + (IMPLIED_SAVED if classifies else ()),
         task_type=document.get("task_type"),
     )
     return config, problems
@@ -150,6 +159,8 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
 def _contradictions(document: dict[str, Any]) -> list[str]:
     """Combinations that PEFT itself refuses."""
     problems = []
+    if not document.get("target_modules"):
+        problems.append("target_modules is empty")
     layers = document.get("layers_to_transform")
     for name in ("layers_to_transform", "layers_pattern"):
         if document.get(name) and isinstance(document.get("target_modules"), str):
@@ -208,22 +219,28 @@ class _FieldReader:
 
     def pattern(self, name: str, read: Any) -> dict[str, Any]:
         value = self._document.get(name) or {}
-        if not isinstance(value, dict):
-            self._problems.append(f"{name} is {_short(value)}, must be an object")
+        if not isinstance(value, dict) or not self._sane(name, value):
+            self._problems.append(f"{name} is {_short(value)}, must be an object {_LIMITS}")
             return {}
         return {key: read(f"{name}[{key!r}]", entry) for key, entry in value.items()}
 
     def names(self, name: str) -> str | tuple[str, ...]:
         value = self._document.get(name)
-        return value if isinstance(value, str) else self.name_list(name)
+        return value if isinstance(value, str) and self._sane(name, [value]) else self.name_list(name)
 
     def name_list(self, name: str) -> tuple[str, ...]:
         value = self._document.get(name) or []
         value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
-            self._problems.append(f"{name} is {_short(value)}, must be a list of names")
+        if not isinstance(value, list) or not self._sane(name, value):
+            self._problems.append(f"{name} is {_short(value)}, must be a list of names {_LIMITS}")
             return ()
         return tuple(dict.fromkeys(value))
+
+    @staticmethod
+    def _sane(name: str, entries: Collection[Any]) -> bool:
+        """Few and short enough to be tried on every module; ``target_modules`` of large models list every one."""
+        most = _MAX_TARGETS if name == "target_modules" else _MAX_NAMES
+        return len(entries) <= most and all(isinstance(e, str) and 0 < len(e) <= _MAX_NAME_LENGTH for e in entries)
 
     def indices(self, name: str) -> tuple[int, ...]:
         value = self._document.get(name)

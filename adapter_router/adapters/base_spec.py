@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adapter_router.types import Activation
+
 Shape = tuple[int, ...]
 
 
@@ -20,6 +22,7 @@ class LinearSpec:
 class BaseSpec:
     """Shapes of one base model under one task's head.
 
+    ``labels``, ``activation``: of the base's own head.
     ``label_axes``: parameters whose shape follows the number of labels -> the axis that does.
     ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an adapter
     must bring its own.
@@ -27,12 +30,18 @@ class BaseSpec:
     """
 
     model_type: str
-    num_labels: int
+    labels: tuple[str, ...]
+    activation: Activation
     linears: Mapping[str, LinearSpec]
     parameters: Mapping[str, Shape]
     label_axes: Mapping[str, int]
     untrained: frozenset[str]
     rowwise: frozenset[str]
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of the base's own head."""
+        return len(self.labels)
 
     def parameters_of(self, path: str) -> dict[str, Shape]:
         """Shapes of a module's parameters by their full names."""

@@ -25,7 +25,8 @@ def read_tensors(raw: bytes) -> tuple[dict[str, torch.Tensor] | None, list[str]]
         tensors = load(raw)
     except (SafetensorError, KeyError, ValueError) as error:
         return None, [*problems, f"adapter_model.safetensors is damaged: {error}"]
-    problems += [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not bool(t.isfinite().all())]
+    checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1}
+    problems += [f"{name} holds NaN or infinite values" for name, t in checked.items() if not bool(t.isfinite().all())]
     return tensors, problems
 
 

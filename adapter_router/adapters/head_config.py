@@ -6,17 +6,22 @@ The file is Hugging Face's own model config, so what ``model.config.save_pretrai
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_router.types import Activation
+from adapter_router.types import Activation, is_unicode
 
-ACTIVATIONS: dict[str | None, Activation] = {
-    None: "softmax",
+ACTIVATIONS: dict[str, Activation] = {
     "single_label_classification": "softmax",
     "multi_label_classification": "sigmoid",
     "regression": "none",
 }
+
+
+def default_activation(num_labels: int) -> Activation:
+    """Where no problem type is given, as transformers' pipeline does: one lone label is scored by a sigmoid."""
+    return "sigmoid" if num_labels == 1 else "softmax"
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,18 @@ def parse_head_config(raw: bytes | None) -> tuple[HeadConfig, list[str]]:
     problem_type = document.get("problem_type")
     activation = ACTIVATIONS.get(problem_type) if isinstance(problem_type, str) else None
     if problem_type is not None and activation is None:
-        problems.append(f"config.json: problem_type {problem_type!r:.80} is none of {list(ACTIVATIONS)[1:]}")
+        problems.append(f"config.json: problem_type {problem_type!r:.80} is none of {list(ACTIVATIONS)}")
     return HeadConfig(labels, activation, document.get("model_type")), problems
+
+
+def label_problems(labels: Sequence[str]) -> list[str]:
+    """What keeps names from being labels: repetition, and halves of surrogate pairs, which no answer can carry."""
+    problems = []
+    if len(set(labels)) != len(labels):
+        problems.append("label names repeat")
+    if any(not is_unicode(label) for label in labels):
+        problems.append("a label name holds half of a surrogate pair")
+    return problems
 
 
 def _labels(id2label: Any) -> tuple[tuple[str, ...] | None, list[str]]:
@@ -55,4 +70,5 @@ def _labels(id2label: Any) -> tuple[tuple[str, ...] | None, list[str]]:
         return None, ["config.json: id2label is not an object of index -> name"]
     if sorted(names) != list(range(len(names))):
         return None, [f"config.json: id2label has the indices {sorted(names)}, expected 0 to {len(names) - 1}"]
-    return tuple(names[index] for index in range(len(names))), []
+    labels = tuple(names[index] for index in range(len(names)))
+    return labels, label_problems(labels)

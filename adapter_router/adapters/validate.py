@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 import torch
 
-from adapter_router.adapters.adapter_config import AdapterConfig, parse_adapter_config
+from adapter_router.adapters.adapter_config import IMPLIED_SAVED, AdapterConfig, parse_adapter_config
 from adapter_router.adapters.base_spec import BaseSpec, Shape
 from adapter_router.adapters.checkpoint import read_tensors
-from adapter_router.adapters.head_config import HeadConfig, parse_head_config
+from adapter_router.adapters.head_config import HeadConfig, default_activation, label_problems, parse_head_config
 from adapter_router.errors import AdapterRejected
 from adapter_router.types import Activation, AdapterFiles
 
@@ -24,8 +24,6 @@ _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 _TASK_TYPES = ("SEQ_CLS", None)
 _LISTED = 8  # names of one kind that a problem spells out
-# PEFT adds these names itself for classification tasks, whether or not the model has them.
-_IMPLIED_SAVED = frozenset({"classifier", "score"})
 
 
 @dataclass(frozen=True)
@@ -130,14 +128,23 @@ class _Check:
         return sides, saved, unknown
 
     def choose_labels(self, override: tuple[str, ...] | None, head: HeadConfig) -> None:
-        """Label names: the caller's, else the directory's, else ``LABEL_0``… as transformers names them."""
-        self.activation = head.activation or "softmax"
+        """Label names: the caller's, the directory's, the base's for its own head, or transformers' ``LABEL_0``…."""
+        own_head = any(name in self.base.label_axes for name in self._saved_names())
         named = override if override is not None else head.labels
-        if named is not None and self.num_labels and len(named) != self.num_labels:
+        if not own_head:  # the adapter uses the base's head, names and activation included
+            self.activation = head.activation or self.base.activation
+            named = named if named is not None else self.base.labels
+        else:
+            self.activation = head.activation or default_activation(self.num_labels)
+            named = named if named is not None else tuple(f"LABEL_{index}" for index in range(self.num_labels))
+        if self.num_labels and len(named) != self.num_labels:
             self.problems.append(f"{len(named)} label names for a head of {self.num_labels} labels")
-        if named is not None and len(set(named)) != len(named):
-            self.problems.append("label names repeat")
-        self.labels = named or tuple(f"LABEL_{index}" for index in range(self.num_labels))
+        if override is not None:
+            self.problems += label_problems(override)
+        self.labels = named
+
+    def _saved_names(self) -> Iterator[str]:
+        return (f"{root}.{name}" for root, parameters in self.saved.items() for name in parameters)
 
     def _check_targets(self, present: set[str]) -> None:
         if self.config.matcher.problems:
@@ -213,7 +220,7 @@ class _Check:
     def _check_saved_names(self) -> None:
         paths = self.base.module_paths()
         for name in self.config.modules_to_save:
-            if name not in _IMPLIED_SAVED and not any(path.endswith(name) for path in paths):
+            if name not in IMPLIED_SAVED and not any(path.endswith(name) for path in paths):
                 self.problems.append(f"modules_to_save names {name!r}, which this base does not have")
 
     def _count_labels(self, saved: dict[str, torch.Tensor]) -> int:

@@ -16,12 +16,12 @@ class Catalog:
         self._versions: dict[str, AdapterVersion] = {}
         self._lock = threading.Lock()
 
-    def check_free(self, adapter: str) -> None:
-        """Raise AdapterExists when the name is taken, InvalidRequest when it cannot be one."""
+    def check_name(self, adapter: str, *, replace: bool = False) -> None:
+        """Raise InvalidRequest for what cannot be a name, AdapterExists for one that is taken unless ``replace``."""
         if not adapter or not adapter.isprintable():
             raise InvalidRequest(f"{adapter!r} cannot name an adapter", "adapter")
         with self._lock:
-            if adapter in self._versions:
+            if adapter in self._versions and not replace:
                 raise AdapterExists(f"adapter {adapter!r} is loaded already; unload it first", "adapter")
 
     def add(self, version: AdapterVersion, *, replace: bool = False) -> None:

@@ -16,7 +16,8 @@ def resolve(location: str) -> str:
     if not location.startswith(_PACKAGE):
         return location
     name, _, subdirectory = location.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name)
+    # Only a top-level name: looking for a.b would import a.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{location!r}: no package {name!r} is installed")
     return str(Path(next(iter(spec.submodule_search_locations))) / subdirectory)

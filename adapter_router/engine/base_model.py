@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.pytorch_utils import Conv1D
 
 from adapter_router.adapters.base_spec import BaseSpec, LinearSpec
-from adapter_router.adapters.head_config import ACTIVATIONS
+from adapter_router.adapters.head_config import ACTIVATIONS, default_activation
 from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
 from adapter_router.engine.inputs import FEATURES, InputEncoder, InputLimits
 from adapter_router.engine.layers import GroupedLinear, GroupedModule
 from adapter_router.engine.plan import ActivePlan, BatchPlan
-from adapter_router.engine.probe import rowwise_modules
+from adapter_router.engine.probe import padding_error, rowwise_modules, zeros_are_default
 from adapter_router.engine.tasks import AUTO_CLASSES
 from adapter_router.types import Activation, TaskKind
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 _WEIGHTS = "model.safetensors"
+_OPTIONAL = ("token_type_ids",)  # features that a row may leave out
 
 
 class BaseModel:
@@ -45,14 +46,18 @@ class BaseModel:
         _check_digest(source, config.base_sha256)
         self.model, untrained = self._read(source, config.dtype)
         self._config: PretrainedConfig = self.model.config
+        # A cache would be one for all rows: copies of a saved layer would see each other's keys.
+        caching = "use_cache" in inspect.signature(self.model.forward).parameters
+        self._options = {"return_dict": True, **({"use_cache": False} if caching else {})}
         self._active = ActivePlan()
         self._templates: dict[int, PreTrainedModel] = {}
         self._grouped_modules: dict[str, GroupedModule] = {}
         self._lock = threading.Lock()
-        self.spec = self._describe(untrained)
-        self.fingerprint = _fingerprint(self.spec)
         tokenizer = _tokenizer(source)
-        self.encoder = InputEncoder(tokenizer, _limits(self.model, tokenizer))
+        limits = self._probe(_limits(self.model, tokenizer), config.base)
+        self.encoder = InputEncoder(tokenizer, limits)
+        self.spec = self._describe(untrained, limits.features)
+        self.fingerprint = _fingerprint(self.model, untrained)
         for path, module in list(self.model.named_modules()):
             if path in self.spec.linears:
                 GroupedLinear(module, path, self._active)
@@ -70,12 +75,12 @@ class BaseModel:
     @property
     def activation(self) -> Activation:
         """How the base head's own logits become scores."""
-        return ACTIVATIONS[self._config.problem_type]
+        return ACTIVATIONS.get(self._config.problem_type) or default_activation(self._config.num_labels)
 
     def forward(self, features: Mapping[str, torch.Tensor], plan: BatchPlan) -> torch.Tensor:
         """Logits of (rows, widest head), padded with NaN; rows as sorted in ``plan``. One forward at a time."""
         with torch.inference_mode(), self._active.running(plan):
-            logits: torch.Tensor = self.model(**features, return_dict=True).logits
+            logits: torch.Tensor = self.model(**features, **self._options).logits
         return logits
 
     def build_head(self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int) -> nn.Module:
@@ -100,7 +105,23 @@ class BaseModel:
         model = model.to(self.device).eval().requires_grad_(False)
         return model, frozenset(info["missing_keys"])
 
-    def _describe(self, untrained: frozenset[str]) -> BaseSpec:
+    def _probe(self, limits: InputLimits, name: str) -> InputLimits:
+        """Refuse an architecture that cannot be batched exactly; drop features whose absence means something else."""
+        ids = (limits.vocab_size, limits.pad_token_id, self.device)
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        try:
+            error = padding_error(self.model, *ids)
+            kept = [f for f in limits.features if f not in _OPTIONAL or zeros_are_default(self.model, f, *ids)]
+        except Exception as failure:
+            raise ValueError(f"base {name!r} cannot run a padded batch of text rows: {failure}") from failure
+        if not error <= tolerance:
+            raise ValueError(
+                f"base {name!r} ({self._config.model_type}): padding moves its logits by {error:.1e} of their size, so "
+                "rows of different length cannot share a batch exactly"
+            )
+        return replace(limits, features=tuple(kept))
+
+    def _describe(self, untrained: frozenset[str], features: tuple[str, ...]) -> BaseSpec:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         fewer, more = self._template(2).state_dict(), self._template(3).state_dict()
         label_axes = {
@@ -109,9 +130,17 @@ class BaseModel:
             if tensor.shape != more[name].shape
         }
         linears = {path: spec for path, module in self.model.named_modules() if (spec := _linear_spec(module))}
-        num_labels: int = self._config.num_labels
-        rowwise = rowwise_modules(self.model, _features(self.model), self.device)
-        return BaseSpec(self._config.model_type, num_labels, linears, shapes, label_axes, untrained, rowwise)
+        rowwise = rowwise_modules(self.model, features, self.device)
+        return BaseSpec(
+            model_type=self._config.model_type,
+            labels=self.labels,
+            activation=self.activation,
+            linears=linears,
+            parameters=shapes,
+            label_axes=label_axes,
+            untrained=untrained,
+            rowwise=rowwise,
+        )
 
     def _template(self, num_labels: int) -> PreTrainedModel:
         """The architecture with ``num_labels`` labels, without weights."""
@@ -159,12 +188,10 @@ def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
             max_tokens = min(max_tokens, module.num_embeddings - unused)
     if tokenizer is not None:
         max_tokens = min(max_tokens, tokenizer.model_max_length)
-    return InputLimits(config.vocab_size, max_tokens, _features(model), config.pad_token_id or 0)
-
-
-def _features(model: PreTrainedModel) -> tuple[str, ...]:
     accepted = inspect.signature(model.forward).parameters
-    return tuple(name for name in FEATURES if name in accepted)
+    features = tuple(name for name in FEATURES if name in accepted)
+    type_vocab_size = getattr(config, "type_vocab_size", None) or 1
+    return InputLimits(config.vocab_size, max_tokens, features, config.pad_token_id or 0, type_vocab_size)
 
 
 def _linear_spec(module: nn.Module) -> LinearSpec | None:
@@ -175,6 +202,11 @@ def _linear_spec(module: nn.Module) -> LinearSpec | None:
     return None
 
 
-def _fingerprint(spec: BaseSpec) -> str:
-    described = json.dumps([spec.model_type, sorted(spec.parameters.items())])
-    return "sha256:" + hashlib.sha256(described.encode()).hexdigest()
+def _fingerprint(model: PreTrainedModel, untrained: frozenset[str]) -> str:
+    """sha256 over names and bytes of all weights that came from the checkpoint."""
+    hasher = hashlib.sha256(model.config.model_type.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in untrained:
+            hasher.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return "sha256:" + hasher.hexdigest()

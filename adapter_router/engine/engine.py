@@ -95,7 +95,7 @@ class Engine:
         ``labels`` overrides the names in the directory's ``config.json``. Raises AdapterExists when the name is
         taken and AdapterRejected with every problem, in both cases without effect.
         """
-        self._catalog.check_free(adapter)
+        self._catalog.check_name(adapter)
         report = self.admit(adapter, self._store.admit(directory), task, labels)
         self._catalog.add(report.version)
         return report

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from adapter_router.errors import InputTooLong, InvalidRequest
-from adapter_router.types import Array, Row
+from adapter_router.types import Array, Row, is_unicode
 
 FEATURES = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -29,12 +29,21 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What the base takes: ids below ``vocab_size``, at most ``max_tokens`` of them, these ``features``."""
+    """What the base takes: ids below ``vocab_size``, at most ``max_tokens`` of them, these ``features``.
+
+    ``token_type_ids`` lie below ``type_vocab_size``.
+    """
 
     vocab_size: int
     max_tokens: int
     features: tuple[str, ...]
     pad_token_id: int
+    type_vocab_size: int
+
+    @property
+    def max_characters(self) -> int:
+        """Longest text that is tokenised at all: nobody waits for a book of which a page would be kept."""
+        return 256 * self.max_tokens
 
 
 class InputEncoder:
@@ -94,13 +103,17 @@ class InputEncoder:
     def _tokenise(self, text: str, max_length: int | None) -> EncodedRow:
         if self._tokenizer is None:
             raise InvalidRequest("this base model has no tokenizer; send input_ids", "inputs")
-        if not _is_unicode(text):
+        if len(text) > self._limits.max_characters:
+            limit = self._limits.max_characters
+            raise InputTooLong(f"the text has {len(text)} characters, at most {limit} are read", "inputs")
+        if not is_unicode(text):
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character", "inputs")
         with self._tokenizer_lock:
             encoded = self._tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)
         features = {name: np.asarray(encoded[name]) for name in self._limits.features if name in encoded}
         if len(features["input_ids"]) == 0:
             raise InvalidRequest("the input is empty", "inputs")
+        features.setdefault("attention_mask", np.ones_like(features["input_ids"]))
         return EncodedRow(features)
 
     def _checked(self, inputs: Mapping[str, Array]) -> EncodedRow:
@@ -111,10 +124,15 @@ class InputEncoder:
             )
         if "input_ids" not in inputs:
             raise InvalidRequest("input_ids is missing", "inputs")
-        arrays = {name: _integers(name, value, int(np.size(inputs["input_ids"]))) for name, value in inputs.items()}
-        ids = arrays["input_ids"]
+        ids = _integers("input_ids", inputs["input_ids"])
+        arrays = {name: _integers(name, value) for name, value in inputs.items()}
+        if any(len(array) != len(ids) for array in arrays.values()):
+            raise InvalidRequest(f"{', '.join(arrays)} must be of one length", "inputs")
         if ids.min() < 0 or ids.max() >= self._limits.vocab_size:
             raise InvalidRequest(f"input_ids must lie in 0 to {self._limits.vocab_size - 1}", "inputs")
+        types = arrays.get("token_type_ids")
+        if types is not None and (types.min() < 0 or types.max() >= self._limits.type_vocab_size):
+            raise InvalidRequest(f"token_type_ids must lie in 0 to {self._limits.type_vocab_size - 1}", "inputs")
         mask = arrays.get("attention_mask")
         if mask is None:
             arrays["attention_mask"] = np.ones_like(ids)
@@ -123,16 +141,11 @@ class InputEncoder:
         return EncodedRow(arrays)
 
 
-def _integers(name: str, value: Array, length: int) -> Array:
-    array = np.asarray(value)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) != length or length == 0:
-        raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers, as long as input_ids", "inputs")
-    return array.astype(np.int64, copy=False)
-
-
-def _is_unicode(text: str) -> bool:
+def _integers(name: str, value: Array) -> Array:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty(0)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+        raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers", "inputs")
+    return array.astype(np.int64, copy=False)

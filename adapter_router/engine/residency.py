@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_router.adapters.validate import AdapterTensors, validate
@@ -18,13 +19,20 @@ from adapter_router.catalog.store import StoredAdapter
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.resident import LoraFactors, ResidentAdapter, device_bytes
 from adapter_router.engine.slots import SlotTable
-from adapter_router.errors import AdapterRejected, AdapterRouterError, InternalError
+from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable, InternalError
 from adapter_router.metrics import EngineMetrics
 from adapter_router.types import AdapterVersion
 
 logger = logging.getLogger(__name__)
 
 _SMOOTHING = 0.2  # weight of the newest load in the running mean
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One thread's wish for an adapter; ``resident`` once it is installed and leased for that thread."""
+
+    resident: ResidentAdapter | None = None
 
 
 class Residency:
@@ -37,7 +45,7 @@ class Residency:
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
         self._loading: dict[str, Future[None]] = {}
-        self._waiting: Counter[str] = Counter()
+        self._tickets: defaultdict[str, list[_Ticket]] = defaultdict(list)
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
@@ -46,19 +54,31 @@ class Residency:
 
         Raises AdapterRejected with every problem; nothing is installed then.
         """
-        return self._loader.submit(self._load, stored, labels).result()
+        try:
+            return self._loader.submit(self._load, stored, labels).result()
+        except (CancelledError, RuntimeError) as error:
+            raise AdapterUnavailable("the engine is closing") from error
 
     def acquire(self, version: AdapterVersion) -> ResidentAdapter:
         """Lease the adapter, loading it first when it is cold. Raises AdapterUnavailable or AdapterRejected."""
-        with self._changed:
-            resident = self._lease(version.digest)
-            if resident is not None:
-                return resident
-            self._waiting[version.digest] += 1
-            future = self._start_loading(version)
-        future.result()  # the loader has leased the slot for every thread that waited
-        with self._changed:
-            return self._resident[version.digest]
+        while True:
+            with self._changed:
+                resident = self._lease(version.digest)
+                if resident is not None:
+                    return resident
+                ticket = _Ticket()
+                self._tickets[version.digest].append(ticket)
+                future = self._start_loading(version)
+            wait([future])
+            with self._changed:
+                if ticket.resident is not None:  # leased for us when it was installed
+                    return ticket.resident
+                self._tickets[version.digest].remove(ticket)
+            if future.cancelled():
+                raise AdapterUnavailable("the engine is closing")
+            error = future.exception()
+            if error is not None:
+                raise error
 
     def try_acquire(self, digest: str) -> ResidentAdapter | None:
         """Lease the adapter if it is resident."""
@@ -66,7 +86,7 @@ class Residency:
             return self._lease(digest)
 
     def prefetch(self, version: AdapterVersion) -> None:
-        """Start loading a cold adapter; what goes wrong is told to whoever acquires it."""
+        """Start loading a cold adapter; one that fails is tried again by whoever acquires it."""
         with self._changed:
             if version.digest not in self._resident:
                 self._start_loading(version)
@@ -102,20 +122,19 @@ class Residency:
     def _start_loading(self, version: AdapterVersion) -> Future[None]:
         if version.digest not in self._loading:
             stored = StoredAdapter(version.digest, Path(version.directory))
-            self._loading[version.digest] = self._loader.submit(self._load_waited, stored)
+            try:
+                self._loading[version.digest] = self._loader.submit(self._load_cold, stored)
+            except RuntimeError as error:  # the executor has been shut down
+                raise AdapterUnavailable("the engine is closing") from error
         return self._loading[version.digest]
 
-    def _load_waited(self, stored: StoredAdapter) -> None:
+    def _load_cold(self, stored: StoredAdapter) -> None:
         try:
             if stored.digest not in self._resident:
                 self._load(stored, None)
-        except BaseException:
+        finally:
             with self._changed:
-                self._waiting.pop(stored.digest, None)
-                del self._loading[stored.digest]
-            raise
-        with self._changed:
-            del self._loading[stored.digest]
+                self._loading.pop(stored.digest, None)
 
     def _load(self, stored: StoredAdapter, labels: tuple[str, ...] | None) -> AdapterTensors:
         start = time.perf_counter()
@@ -154,8 +173,8 @@ class Residency:
             raise
         with self._changed:
             self._resident[digest] = resident
-            for _ in range(self._waiting.pop(digest, 0)):
-                self._slots.lease(digest)
+            for ticket in self._tickets.pop(digest, []):
+                ticket.resident = self._lease(digest)
             self._metrics.resident(self._slots.used_bytes, len(self._resident))
 
     def _make_room(self, num_bytes: int) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import AdapterRouterError, InternalError, Overloaded, ReplicaLost
+from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.affinity import choose
 from adapter_router.routing.batcher import Batcher, Waiting
-from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.fleet import Fleet, ReplicaState
 from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class Send(Protocol):
 
 @dataclass(frozen=True)
 class _Shard:
-    """Rows of one batch for one replica. Cold rows travel apart: nobody waits for another's adapter to load."""
+    """Rows of one batch for one replica. Rows of each cold adapter travel apart: nobody waits for another's load."""
 
-    replica: str
+    state: ReplicaState
     cold: bool
     rows: list[Waiting]
     retried: bool = False
@@ -70,6 +70,10 @@ class Dispatcher:
 
     async def submit(self, rows: Sequence[tuple[Row, AdapterVersion | None]]) -> list[RowOutcome]:
         """Outcomes in the order of ``rows``. Cancelling the call drops those of its rows that have not left."""
+        if len(rows) > self._config.max_queued_rows:
+            limit = self._config.max_queued_rows
+            self._metrics.errors.labels(InvalidRequest.code).inc(len(rows))
+            return [InvalidRequest(f"{len(rows)} rows in one call, at most {limit} are taken") for _ in rows]
         if len(self._batcher) + len(rows) > self._config.max_queued_rows:
             self._metrics.errors.labels(Overloaded.code).inc(len(rows))
             return [Overloaded(f"{len(self._batcher)} rows are waiting; try again later") for _ in rows]
@@ -95,14 +99,18 @@ class Dispatcher:
     async def _dispatch(self) -> None:
         while True:
             self._wake.clear()
-            self._refresh()
-            self._metrics.queued.set(len(self._batcher))
-            closes_in = self._batcher.closes_in(time.monotonic())
-            free = self.fleet.free(self._config.calls_per_replica)
-            if closes_in == 0.0 and free:
-                self._start_or_fail(self._batcher.take(len(free)))
-            else:
-                await self._sleep(closes_in if free else _POLL_S)
+            await self._step()
+
+    async def _step(self) -> None:
+        """Start a batch if one may leave, else wait for a reason to look again."""
+        self._refresh()
+        self._metrics.queued.set(len(self._batcher))
+        closes_in = self._batcher.closes_in(time.monotonic())
+        free = self.fleet.free(self._config.calls_per_replica)
+        if closes_in == 0.0 and free:
+            self._start_or_fail(self._batcher.take(len(free)))
+        else:
+            await self._sleep(closes_in if free else _POLL_S)
 
     def _start_or_fail(self, batch: Sequence[Waiting]) -> None:
         """A fault of ours costs one batch, never the loop that everybody's rows depend on."""
@@ -115,7 +123,8 @@ class Dispatcher:
     async def _sleep(self, seconds: float | None) -> None:
         """Until something happens, at most ``seconds``; None: while no row waits."""
         try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
+                await self._wake.wait()
         except TimeoutError:
             return
 
@@ -142,50 +151,60 @@ class Dispatcher:
         by_adapter: dict[str | None, list[Waiting]] = defaultdict(list)
         for entry in batch:
             by_adapter[entry.digest].append(entry)
-        placed: dict[tuple[str, bool], list[Waiting]] = defaultdict(list)
+        shards: dict[tuple[str, str | None], _Shard] = {}
         for digest, entries in by_adapter.items():
             for start in range(0, len(entries), self._config.max_batch_rows):
                 part = entries[start : start + self._config.max_batch_rows]
                 state = choose(digest, len(part), states, self._config)
+                cold = not state.holds(digest)
+                shard = shards.setdefault((state.replica, digest if cold else None), _Shard(state, cold, [], retried))
+                shard.rows.extend(part)
                 state.rows += len(part)  # the next choice sees this one; ``sent`` counts it for good
-                placed[state.replica, not state.holds(digest)].extend(part)
-        shards = [_Shard(replica, cold, entries, retried) for (replica, cold), entries in placed.items()]
-        for state in states:
-            state.rows -= sum(len(shard.rows) for shard in shards if shard.replica == state.replica)
-        return shards
+        for shard in shards.values():
+            shard.state.rows -= len(shard.rows)
+        return list(shards.values())
 
     def _spawn(self, shard: _Shard) -> None:
-        self.fleet.sent(shard.replica, len(shard.rows), cold=shard.cold)
+        shard.state.sent(len(shard.rows), cold=shard.cold)
         self._metrics.shards.inc()
         task = asyncio.get_running_loop().create_task(self._run(shard), context=contextvars.Context())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     async def _run(self, shard: _Shard) -> None:
-        start = time.monotonic()
+        """Send a shard and answer its rows, whatever happens."""
+        lost = None
         try:
-            reply = await self._send(
-                shard.replica, [entry.row for entry in shard.rows], [entry.version for entry in shard.rows]
-            )
+            await self._answer(shard)
         except ReplicaLost as error:
-            self._give_back(shard)
-            await self._redispatch(shard, error)
+            lost = error
         except AdapterRouterError as error:
-            self._give_back(shard)
             _resolve(shard.rows, [error] * len(shard.rows))
         except Exception as error:
-            logger.exception("replica %s failed on %d rows", shard.replica, len(shard.rows))
-            self._give_back(shard)
+            logger.exception("replica %s failed on %d rows", shard.state.replica, len(shard.rows))
             _resolve(shard.rows, [InternalError(f"the replica failed: {type(error).__name__}")] * len(shard.rows))
-        else:
-            self._give_back(shard)
-            row_s = None if shard.cold else (time.monotonic() - start) / len(shard.rows)
-            self.fleet.observe(shard.replica, reply.resident, row_s, reply.load_s)
-            _resolve(shard.rows, [_signed(outcome, shard.replica) for outcome in reply.outcomes])
+        finally:
+            shard.state.returned(len(shard.rows), cold=shard.cold)
+            self._wake.set()
+            if lost is None:  # nothing is left to do here unless the call was cancelled
+                _resolve(shard.rows, [InternalError("the call was cancelled")] * len(shard.rows))
+        if lost is not None:
+            await self._redispatch(shard, lost)
 
-    def _give_back(self, shard: _Shard) -> None:
-        self.fleet.returned(shard.replica, len(shard.rows), cold=shard.cold)
-        self._wake.set()
+    async def _answer(self, shard: _Shard) -> None:
+        rows, versions = [entry.row for entry in shard.rows], [entry.version for entry in shard.rows]
+        if shard.cold:
+            async with shard.state.cold_calls:
+                reply = await self._send(shard.state.replica, rows, versions)
+            row_s = None
+        else:
+            start = time.monotonic()
+            reply = await self._send(shard.state.replica, rows, versions)
+            row_s = (time.monotonic() - start) / len(shard.rows)
+        if len(reply.outcomes) != len(shard.rows):
+            raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(shard.rows)} rows")
+        self.fleet.observe(reply.replica, reply.resident, row_s, reply.load_s)
+        _resolve(shard.rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
 
     async def _redispatch(self, shard: _Shard, error: ReplicaLost) -> None:
         """Send a lost replica's rows to another, once: inference has no side effects."""
@@ -193,7 +212,7 @@ class Dispatcher:
             _resolve(shard.rows, [error] * len(shard.rows))
             return
         self._metrics.retries.inc()
-        avoid = await self._other_than(shard.replica)
+        avoid = await self._other_than(shard.state.replica)
         entries = [entry for entry in shard.rows if not entry.answer.done()]
         for again in self._shards(entries, avoid=avoid, retried=True):
             self._spawn(again)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+_MAX_COLD_CALLS = 64
 _SMOOTHING = 0.2  # weight of the newest observation in the running means
 
 
 @dataclass
 class ReplicaState:
-    """``warm_calls`` counts batches of resident adapters in flight; ``rows`` all rows in flight, cold ones too."""
+    """``warm_calls`` counts batches of resident adapters in flight; ``rows`` all rows in flight, cold ones too.
+
+    ``cold_calls`` bounds the calls that wait for an adapter, so that warm ones always find a thread.
+    """
 
     replica: str
     resident: frozenset[str] = frozenset()
@@ -18,10 +23,21 @@ class ReplicaState:
     rows: int = 0
     row_s: float = 0.005
     load_s: float = 0.05
+    cold_calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_COLD_CALLS))
 
     def holds(self, digest: str | None) -> bool:
         """Whether rows of that adapter run at once; the bare base (None) always does."""
         return digest is None or digest in self.resident
+
+    def sent(self, rows: int, *, cold: bool) -> None:
+        """A shard of ``rows`` rows left for this replica."""
+        self.rows += rows
+        self.warm_calls += not cold
+
+    def returned(self, rows: int, *, cold: bool) -> None:
+        """The shard came back, or was lost."""
+        self.rows -= rows
+        self.warm_calls -= not cold
 
     @property
     def backlog_s(self) -> float:
@@ -46,18 +62,6 @@ class Fleet:
     def free(self, calls_per_replica: int) -> list[ReplicaState]:
         """Replicas that can take another warm batch now."""
         return [state for state in self._states.values() if state.warm_calls < calls_per_replica]
-
-    def sent(self, replica: str, rows: int, *, cold: bool) -> None:
-        """A shard of ``rows`` rows left for ``replica``."""
-        if (state := self._states.get(replica)) is not None:
-            state.rows += rows
-            state.warm_calls += not cold
-
-    def returned(self, replica: str, rows: int, *, cold: bool) -> None:
-        """The shard came back, or was lost."""
-        if (state := self._states.get(replica)) is not None:
-            state.rows -= rows
-            state.warm_calls -= not cold
 
     def observe(self, replica: str, resident: frozenset[str], row_s: float | None, load_s: float) -> None:
         """A reply's news; ``row_s`` None where it says nothing of a row's time."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from adapter_router.errors import AdapterRouterError, InvalidRequest
+from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest
 from deployments.api import adapters, classify, operation
+
+logger = logging.getLogger(__name__)
 
 # What the framework itself answers: status -> (type, code).
 _HTTP_ERRORS = {
@@ -20,19 +25,32 @@ _HTTP_ERRORS = {
 
 def build_http() -> FastAPI:
     """The application that Serve mounts on the router."""
-    http = FastAPI(title="adapter-router", docs_url="/docs", redoc_url=None)
+    http = FastAPI(title="adapter-router", redoc_url=None, default_response_class=AsciiJSONResponse)
     for dialect in (classify, adapters, operation):
         http.include_router(dialect.routes)
     http.add_exception_handler(AdapterRouterError, _on_error)
     http.add_exception_handler(RequestValidationError, _on_invalid_body)
     http.add_exception_handler(HTTPException, _on_http_error)
+    http.add_exception_handler(Exception, _on_fault)
     return http
+
+
+class AsciiJSONResponse(JSONResponse):
+    """JSON in ASCII: whatever text was let in, an answer that names it can be written."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+async def _on_fault(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await _on_error(request, InternalError("the server failed on this request"))
 
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterRouterError)
     headers = {"Retry-After": "1"} if error.retryable else None
-    return JSONResponse(error.body(), error.status, headers)
+    return AsciiJSONResponse(error.body(), error.status, headers)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
@@ -47,4 +65,4 @@ async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind, code = _HTTP_ERRORS.get(error.status_code, ("HTTPError", "http_error"))
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, error.status_code, error.headers)
+    return AsciiJSONResponse(body, error.status_code, error.headers)

@@ -20,7 +20,7 @@ routes = APIRouter()
 class LoadRequest(BaseModel):
     """vLLM's request, and the label names that PEFT does not store."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: Annotated[str, Field(min_length=1)]
@@ -29,10 +29,17 @@ class LoadRequest(BaseModel):
     labels: list[str] | None = None
 
 
+def _may_exist(path: str) -> bool:
+    try:
+        return path.startswith("package:") or Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 class UnloadRequest(BaseModel):
     """vLLM's request; ``lora_int_id`` is accepted and ignored, as vLLM does."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: Annotated[str, Field(min_length=1)]
     lora_int_id: int | None = None
@@ -41,7 +48,7 @@ class UnloadRequest(BaseModel):
 @routes.post("/v1/load_lora_adapter")
 async def load(request: LoadRequest, router: Annotated[Router, Depends(current_router)]) -> PlainTextResponse:
     """Register an adapter directory that the server can read."""
-    if not request.lora_path.startswith("package:") and not await asyncio.to_thread(Path(request.lora_path).is_dir):
+    if not await asyncio.to_thread(_may_exist, request.lora_path):
         raise AdapterNotFound(f"Loading lora {request.lora_name} failed: No adapter found for {request.lora_path}")
     report = await router.load_adapter(
         request.lora_name, request.lora_path, request.task, request.labels, request.load_inplace

@@ -22,7 +22,7 @@ _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class ClassifyRequest(BaseModel):
     """vLLM's request; ``model`` is an adapter's name, the base's, or absent for the base."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     input: str | Annotated[list[str], Field(min_length=1)] | _Tokens | Annotated[list[_Tokens], Field(min_length=1)]
