@@ -96,3 +96,15 @@ def test_plan_puts_equal_segments_side_by_side() -> None:
     shapes = [segment[:2] for segment in segments]
     runs = 1 + sum(a != b for a, b in pairwise(shapes))
     assert runs == len(set(shapes))
+
+
+def test_every_row_runs_through_one_head() -> None:
+    own = torch.nn.Linear(2, 2)
+    with_head = ResidentAdapter("with", {}, {"classifier": own}, 2, 0, 0)
+    without = ResidentAdapter("without", {}, {}, 2, 0, 0)
+    plan = BatchPlan([None, without, without, with_head, with_head])
+    groups = plan.heads("classifier")
+    assert [(head is own, [(s.start, s.stop) for s in segments]) for head, segments in groups] == [
+        (False, [(0, 1), (1, 3)]),
+        (True, [(3, 5)]),
+    ]
