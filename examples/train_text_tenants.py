@@ -1,6 +1,6 @@
 """Train the demo's text adapters with PEFT: LoRA r=8 on query and value, own pooler and classifier, fp16 files.
 
-    python -m examples.train_text_tenants --out /tmp/adapters [tenant …]
+    python -m examples.train_text_tenants --out ADAPTERS [tenant …]
 
 Takes about a minute per tenant on one core. Prints one JSON line per tenant with its held-out accuracy.
 """
