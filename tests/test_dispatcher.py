@@ -304,3 +304,24 @@ def test_more_rows_than_the_queue_ever_takes_are_the_callers_mistake() -> None:
         await router.close()
 
     run(scenario())
+
+
+def test_a_fault_while_rows_are_sent_again_leaves_nobody_waiting() -> None:
+    async def scenario() -> None:
+        async def send(replica: str, *_: object) -> ShardReply:
+            broken.set()
+            raise ReplicaLost(f"{replica} is gone")
+
+        def living() -> list[str]:
+            if broken.is_set():
+                broken.clear()
+                raise RuntimeError("a fault of ours")
+            return ["r0"]
+
+        broken = asyncio.Event()
+        router = Dispatcher(send, living, RoutingConfig(), RouterMetrics())
+        (outcome,) = await router.submit([(Row("x"), None)])
+        assert isinstance(outcome, ReplicaLost)
+        await router.close()
+
+    run(scenario())

@@ -66,9 +66,9 @@ class Residency:
                 resident = self._lease(version.digest)
                 if resident is not None:
                     return resident
+                future = self._start_loading(version)
                 ticket = _Ticket()
                 self._tickets[version.digest].append(ticket)
-                future = self._start_loading(version)
             wait([future])
             with self._changed:
                 if ticket.resident is not None:  # leased for us when it was installed

@@ -189,7 +189,7 @@ class Dispatcher:
             if lost is None:  # nothing is left to do here unless the call was cancelled
                 _resolve(shard.rows, [InternalError("the call was cancelled")] * len(shard.rows))
         if lost is not None:
-            await self._redispatch(shard, lost)
+            await self._redispatch_or_fail(shard, lost)
 
     async def _answer(self, shard: _Shard) -> None:
         rows, versions = [entry.row for entry in shard.rows], [entry.version for entry in shard.rows]
@@ -205,6 +205,14 @@ class Dispatcher:
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(shard.rows)} rows")
         self.fleet.observe(reply.replica, reply.resident, row_s, reply.load_s)
         _resolve(shard.rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
+
+    async def _redispatch_or_fail(self, shard: _Shard, lost: ReplicaLost) -> None:
+        """As ``_start_or_fail``: whatever goes wrong on the way, nobody is left waiting."""
+        try:
+            await self._redispatch(shard, lost)
+        except Exception:
+            logger.exception("%d rows of lost replica %s cannot be sent again", len(shard.rows), shard.state.replica)
+            _resolve(shard.rows, [lost] * len(shard.rows))
 
     async def _redispatch(self, shard: _Shard, error: ReplicaLost) -> None:
         """Send a lost replica's rows to another, once: inference has no side effects."""
