@@ -6,21 +6,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import numpy.typing as npt
 
 from adapter_router.errors import AdapterRouterError, InvalidRequest
 
-TaskKind = Literal["text-classification"]
-TASK_KINDS: tuple[TaskKind, ...] = ("text-classification",)
+TaskKind = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "embedding",
+    "text-generation",
+    "seq2seq-generation",
+]
+TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 Activation = Literal["softmax", "sigmoid", "none"]
 """How logits become scores: one label of many, any number of labels, or regression."""
 
 Array = npt.NDArray[Any]
-Inputs = str | Mapping[str, Array]
-"""Text, or the model's own features by name as 1-D arrays of one length (``input_ids``, ``attention_mask``…)."""
+Inputs = str | tuple[str, str] | bytes | Mapping[str, Array]
+"""Text; a pair of texts (question and context, query and document); an encoded image; or the model's own features.
+
+Features by name: 1-D arrays of one length (``input_ids``, ``attention_mask``…), ``pixel_values`` of (C, H, W).
+"""
+
+Pooling = Literal["mean", "cls", "last", "max", "none"]
+"""How token vectors become one embedding; "none" keeps them all."""
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """How one adapter embeds.
+
+    ``normalize``: to length 1, after cutting to the first ``dimensions`` numbers. ``prefix`` goes before every text.
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dimensions: int | None = None
+    prefix: str = ""
 
 
 def is_unicode(text: str) -> bool:
@@ -37,8 +65,16 @@ class Row:
     """One input for one adapter.
 
     ``adapter`` None means the bare base. ``task`` is only needed where it cannot be inferred.
-    ``parameters``: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of
-    refusing it; ``use_activation`` (bool, default True) False gives raw logits as ``probs``.
+    ``parameters``, each for the tasks it concerns:
+
+    - texts: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of refusing it
+    - classification: ``use_activation`` (bool, default True); False gives raw logits as ``probs``
+    - token-classification: ``aggregation_strategy`` ("none", "simple", "first", "average", "max"; default "simple"),
+      ``ignore_labels`` (default ["O"])
+    - question-answering: ``top_k`` (default 1), ``max_answer_len`` (tokens, default 15),
+      ``handle_impossible_answer`` (default False)
+    - embedding: ``pooling``, ``normalize``, ``dimensions``, ``prefix`` override the adapter's EmbeddingSettings
+    - generation: ``max_new_tokens`` (default 16)
     """
 
     inputs: Inputs
@@ -48,16 +84,21 @@ class Row:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what could not even be looked at; values are checked where the row is encoded."""
-        for name, kinds in (("inputs", (str, Mapping)), ("adapter", (str, NoneType)), ("parameters", (Mapping,))):
-            if not isinstance(getattr(self, name), kinds):
-                expected = " or ".join(kind.__name__ for kind in kinds)
+        kinds: tuple[tuple[str, tuple[type, ...]], ...] = (
+            ("inputs", (str, tuple, bytes, Mapping)),
+            ("adapter", (str, NoneType)),
+            ("parameters", (Mapping,)),
+        )
+        for name, allowed in kinds:
+            if not isinstance(getattr(self, name), allowed):
+                expected = " or ".join(kind.__name__ for kind in allowed)
                 raise InvalidRequest(
                     f"a row's {name} must be {expected}, not {type(getattr(self, name)).__name__}", name
                 )
 
 
 class Classification(TypedDict):
-    """Answer of ``text-classification``; ``label`` and ``score`` belong to the highest of ``probs``."""
+    """Answer of text- and image-classification; ``label`` and ``score`` belong to the highest of ``probs``."""
 
     label: str
     score: float
@@ -65,15 +106,71 @@ class Classification(TypedDict):
     num_classes: int
 
 
+class Entity(TypedDict):
+    """One labelled stretch of a text: characters ``start`` to ``end`` (None where features were sent, not a text).
+
+    ``entity_group`` with an aggregation strategy; without one ``entity`` and ``index``, the token's position.
+    """
+
+    entity: NotRequired[str]
+    entity_group: NotRequired[str]
+    index: NotRequired[int]
+    score: float
+    word: str | None
+    start: int | None
+    end: int | None
+
+
+class TokenClassification(TypedDict):
+    """Answer of ``token-classification``."""
+
+    entities: list[Entity]
+
+
+class Answer(TypedDict):
+    """A stretch of the context: characters ``start`` to ``end``; an empty ``answer`` where the context has none."""
+
+    answer: str
+    score: float
+    start: int
+    end: int
+
+
+class QuestionAnswering(TypedDict):
+    """Answer of ``question-answering``: best first; empty where features were sent, not texts."""
+
+    answers: list[Answer]
+
+
+class Embedding(TypedDict):
+    """Answer of ``embedding``: one vector, or one a token with pooling "none"."""
+
+    embedding: list[float] | list[list[float]]
+
+
+class Scoring(TypedDict):
+    """Answer of a generation task's scoring pass: log-probability of each token after the ones before it.
+
+    The first is None for a causal model: nothing comes before it.
+    """
+
+    token_logprobs: list[float | None]
+
+
+Output = Classification | TokenClassification | QuestionAnswering | Embedding | Scoring
+
+
 @dataclass(frozen=True)
 class RowResult:
     """One answered row.
 
-    ``logits`` is the base architecture's raw output for this row under its adapter, unpadded: ``(labels,)`` for
-    text classification. ``version`` names the adapter's exact content (``sha256:…``; the base's for a bare row).
+    ``logits`` is the base architecture's raw output for this row under its adapter, unpadded: ``(labels,)``;
+    ``(tokens, labels)`` for token classification; ``(tokens, 2)``, start and end, for question answering;
+    ``(tokens, vocabulary)`` for generation tasks; ``(features,)`` for an embedding, ``(tokens, features)`` with
+    pooling "none". ``version`` names the adapter's exact content (``sha256:…``; the base's for a bare row).
     """
 
-    output: Classification
+    output: Output
     logits: Array
     adapter: str | None
     version: str
@@ -100,11 +197,18 @@ class ShardReply:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Contents of an adapter directory: ``adapter_config.json``, ``adapter_model.safetensors``, ``config.json``."""
+    """Contents of an adapter directory.
+
+    ``adapter_config.json``, ``adapter_model.safetensors``; where there are: ``config.json`` (label names),
+    ``adapter_router.json`` (what no PEFT file says) and ``initial/adapter_model.safetensors`` (the adapter before
+    training, for initialisations that change the base).
+    """
 
     config: bytes
     weights: bytes
     head_config: bytes | None = None
+    manifest: bytes | None = None
+    initial_weights: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -120,26 +224,53 @@ class AdapterVersion:
     task: TaskKind
     labels: tuple[str, ...]
     activation: Activation
+    embedding: EmbeddingSettings = EmbeddingSettings()
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base model as replicas serve it; ``labels`` None: it has no trained head of its own."""
+    """A base model as replicas serve it.
+
+    ``tasks``: what adapters on it may do. ``labels``: of its own trained head, None when it has none.
+    """
 
     name: str
     fingerprint: str
     model_type: str
+    tasks: tuple[TaskKind, ...]
     labels: tuple[str, ...] | None
     max_tokens: int
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a successful load did. ``num_bytes`` is what the adapter holds on its device."""
+    """What a successful load did.
+
+    ``num_bytes`` is what the adapter holds on its device. ``norms``: of the change at each module, the Frobenius norm
+    of the weight difference (of what is replaced, for a saved module), so that 0 means no effect there.
+    """
 
     version: AdapterVersion
     tensors_applied: int
     modules: tuple[str, ...]
     ranks: tuple[int, ...]
     num_bytes: int
+    norms: Mapping[str, float]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """One finished row of ``generate``: ``index`` in the rows given.
+
+    ``finish_reason``: "stop" at an end token (which is not part of ``token_ids``), "length" at max_new_tokens.
+    ``error`` stands in place of everything else when the row failed.
+    """
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    adapter: str | None = None
+    version: str | None = None
+    error: AdapterRouterError | None = None

@@ -1,6 +1,7 @@
-"""``adapter_config.json`` as PEFT writes it -> the fields that matter when serving, or every reason why not.
+"""``adapter_config.json`` as PEFT writes it -> the fields that all methods share, and every problem with them.
 
-PEFT ignores what it does not know and accepts NaN as a scale; here each field is served, harmless, or refused by name.
+PEFT ignores what it does not know and accepts NaN as a scale; here each field is served, harmless, or refused by name:
+the common ones here, a method's own in its file under ``tuners``.
 """
 
 from __future__ import annotations
@@ -13,43 +14,33 @@ from typing import Any
 
 from adapter_router.adapters.patterns import Matcher
 
-# Identity and training-only fields: no effect on what a loaded adapter computes.
-_HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "lora_dropout",
-    "lora_ga_config",
-    "loftq_config",
-    "megatron_config",
-    "megatron_core",
-    "monteclora_config",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "velora_config",
+# Fields that every method has, and that are read here.
+COMMON_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+# PEFT saves these modules itself for a task, whether or not the model has them.
+IMPLIED_SAVED = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
-_SERVED = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-}
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BIASES = ("none", "all", "lora_only")
+_PATTERNED = ("LORA", "LOHA", "LOKR")
 _MAX_RANK = 4096
 _MAX_ALPHA = 1e9
 _MAX_NAMES = 1000
@@ -58,16 +49,16 @@ _MAX_NAME_LENGTH = 2000
 _LIMITS = f"(at most {_MAX_NAMES}, each of at most {_MAX_NAME_LENGTH} characters)"
 
 
-# PEFT adds these itself for classification tasks, whether or not the model has them.
-IMPLIED_SAVED = ("classifier", "score")
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The inference-relevant part of a LoRA configuration; names as in PEFT."""
+    """The part of a PEFT configuration that all methods share; names as in PEFT.
 
+    ``document`` is the file itself, for the methods' own fields. Paths are those of the adapter's own naming.
+    """
+
+    peft_type: str
     r: int
-    lora_alpha: float
+    alpha: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
@@ -77,6 +68,8 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     task_type: str | None
+    bias: str
+    document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
 
@@ -85,11 +78,14 @@ class AdapterConfig:
         keys = self.matcher.matching_keys(self.rank_pattern, path)
         return self.rank_pattern[keys[0]] if keys else self.r
 
-    def scaling_of(self, path: str, rank: int) -> float:
-        """``s`` of ``y = Wx + s B A x``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    def alpha_of(self, path: str) -> float:
+        """Alpha of the target module ``path``."""
         keys = self.matcher.matching_keys(self.alpha_pattern, path)
-        alpha = self.alpha_pattern[keys[0]] if keys else self.lora_alpha
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return self.alpha_pattern[keys[0]] if keys else self.alpha
+
+    def scaling_of(self, path: str, rank: int) -> float:
+        """``s`` of ``y = Wx + s B A x``: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
+        return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would put LoRA on the module ``path``."""
@@ -135,55 +131,51 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         return None, [f"adapter_config.json is not JSON: {error}"]
     if not isinstance(document, dict):
         return None, ["adapter_config.json is not a JSON object"]
-    if document.get("peft_type") != "LORA":
-        return None, [f"peft_type {document.get('peft_type')!r} is not served; only 'LORA' is"]
-    problems = _unserved(document) + _contradictions(document)
+    problems = _contradictions(document)
     reader = _FieldReader(document, problems)
-    classifies = document.get("task_type") == "SEQ_CLS"
+    patterned = document.get("peft_type") in _PATTERNED
+    alpha_name = "lora_alpha" if "lora_alpha" in document else "alpha"
+    task_type = document.get("task_type")
     config = AdapterConfig(
-        r=reader.rank("r", document.get("r", 8)),
-        lora_alpha=reader.number("lora_alpha", document.get("lora_alpha", 8)),
-        rank_pattern=reader.pattern("rank_pattern", reader.rank),
-        alpha_pattern=reader.pattern("alpha_pattern", reader.number),
+        peft_type=str(document.get("peft_type")),
+        r=reader.rank("r", document.get("r", 8)) if patterned else 1,
+        alpha=reader.number(alpha_name, document.get(alpha_name, 8)),
+        rank_pattern=reader.pattern("rank_pattern", reader.rank) if patterned else {},
+        alpha_pattern=reader.pattern("alpha_pattern", reader.number) if patterned else {},
         use_rslora=reader.flag("use_rslora"),
         target_modules=reader.names("target_modules"),
         exclude_modules=reader.names("exclude_modules"),
         layers_to_transform=reader.indices("layers_to_transform"),
         layers_pattern=reader.name_list("layers_pattern"),
-        modules_to_save=reader.name_list("modules_to_save") + (IMPLIED_SAVED if classifies else ()),
-        task_type=document.get("task_type"),
+        modules_to_save=reader.name_list("modules_to_save")
+        + (IMPLIED_SAVED.get(task_type, ()) if isinstance(task_type, str) else ()),
+        task_type=task_type,
+        bias=document.get("bias") or "none",
+        document=document,
     )
     return config, problems
+
+
+def unserved_fields(document: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Fields that are set and that nobody here knows: what they would change cannot be told."""
+    return [
+        f"{_short(name)}={json.dumps(value)[:80]} is not served"
+        for name, value in document.items()
+        if name not in known and not (value is None or value is False or value in ("", [], {}))
+    ]
 
 
 def _contradictions(document: dict[str, Any]) -> list[str]:
     """Combinations that PEFT itself refuses."""
     problems = []
-    if not document.get("target_modules"):
-        problems.append("target_modules is empty")
+    if document.get("bias") not in (None, *_BIASES):
+        problems.append(f"bias is {_short(document['bias'])}, must be one of {', '.join(_BIASES)}")
     layers = document.get("layers_to_transform")
     for name in ("layers_to_transform", "layers_pattern"):
         if document.get(name) and isinstance(document.get("target_modules"), str):
             problems.append(f"{name} needs target_modules to be a list, it is an expression")
     if document.get("layers_pattern") and layers is None:
         problems.append("layers_pattern needs layers_to_transform")
-    return problems
-
-
-def _unserved(document: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, value in document.items():
-        unset = value is None or value is False or value in ("", [], {})
-        if name not in _SERVED | _HARMLESS and not unset:
-            problems.append(f"{name}={json.dumps(value)[:80]} is not served")
-    if document.get("bias", "none") != "none":
-        problems.append(f"bias={document['bias']!r} is not served; train with bias='none'")
-    init = document.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
-        problems.append(
-            f"init_lora_weights={init!r} changes the base model's weights; convert the adapter with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
     return problems
 
 

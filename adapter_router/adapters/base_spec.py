@@ -4,39 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from adapter_router.types import Activation
+from adapter_router.types import Activation, TaskKind
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LinearSpec:
-    """A module LoRA can target: ``y = x W^T`` with ``W`` of (out_features, in_features)."""
+TargetKind = Literal["linear", "embedding", "conv", "attention"]
 
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A module that adapters can act on.
+
+    ``in_features``, ``out_features``: of a linear layer ``y = x W^T``, whatever its storage; vocabulary and features of
+    an embedding; channels of a convolution; of an ``nn.MultiheadAttention`` the embedding and three times it.
+    ``kernel``, ``groups``: of a convolution.
+    ``transposed``: the weight is stored as (in, out), as in transformers' ``Conv1D``.
+    """
+
+    kind: TargetKind
     in_features: int
     out_features: int
+    has_bias: bool = False
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class BaseSpec:
     """Shapes of one base model under one task's head.
 
-    ``labels``, ``activation``: of the base's own head.
-    ``label_axes``: parameters whose shape follows the number of labels -> the axis that does.
-    ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an adapter
-    must bring its own.
-    ``rowwise``: modules that map rows to rows, and so can differ from row to row.
+    ``labels``, ``activation``: of the base's own head; no labels for a task that has none.
+    ``backbone``: path of the part that all tasks share ("" where the model is nothing else), ``backbone_name``: what
+    models with a head call it.
+    ``modules``: paths of all modules; ``called``: those that a forward pass calls, and so can be changed at all.
+    ``targets``: modules that methods can act on; ``shiftable``: modules whose output ends in adding their bias.
+    ``parameters``: shapes by name. ``label_axes``: parameters whose shape follows the number of labels -> the axis
+    that does. ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an
+    adapter must bring its own.
+    ``transposed_experts``: modules whose expert weights are stored as (experts, in, out).
+    ``embedding``: the input embedding's path; ``tied_heads``: output layers that share its weight.
     """
 
+    task: TaskKind
     model_type: str
     labels: tuple[str, ...]
     activation: Activation
-    linears: Mapping[str, LinearSpec]
+    backbone: str
+    backbone_name: str
+    modules: frozenset[str]
+    called: frozenset[str]
+    targets: Mapping[str, TargetSpec]
+    shiftable: frozenset[str]
     parameters: Mapping[str, Shape]
     label_axes: Mapping[str, int]
     untrained: frozenset[str]
-    rowwise: frozenset[str]
+    transposed_experts: frozenset[str]
+    embedding: str | None
+    tied_heads: tuple[str, ...]
+    fingerprint: str
 
     @property
     def num_labels(self) -> int:
@@ -46,14 +75,6 @@ class BaseSpec:
     def parameters_of(self, path: str) -> dict[str, Shape]:
         """Shapes of a module's parameters by their full names."""
         return {name: shape for name, shape in self.parameters.items() if name.startswith(path + ".")}
-
-    def module_paths(self) -> set[str]:
-        """Dotted paths of all modules that hold parameters, inner ones included."""
-        paths: set[str] = set()
-        for name in self.parameters:
-            parts = name.split(".")
-            paths.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
-        return paths
 
     def shape_with_labels(self, parameter: str, num_labels: int) -> Shape:
         """Shape of ``parameter`` in a model of ``num_labels`` labels."""

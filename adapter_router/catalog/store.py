@@ -22,8 +22,10 @@ from adapter_router.types import AdapterFiles
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _HEAD_CONFIG = "config.json"
+_MANIFEST = "adapter_router.json"
+_INITIAL = "initial/adapter_model.safetensors"
 _REQUIRED = (_CONFIG, _WEIGHTS)
-_FILES = (*_REQUIRED, _HEAD_CONFIG)
+_FILES = (*_REQUIRED, _HEAD_CONFIG, _MANIFEST, _INITIAL)
 _MAX_CONFIG_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 
@@ -41,8 +43,8 @@ class StoredAdapter:
         Raises AdapterUnavailable when the copy is gone or is no longer what was admitted.
         """
         try:
-            paths = [self.directory / name for name in _FILES]
-            files = {path.name: path.read_bytes() for path in paths if path.name in _REQUIRED or path.exists()}
+            paths = {name: self.directory / name for name in _FILES}
+            files = {name: path.read_bytes() for name, path in paths.items() if name in _REQUIRED or path.exists()}
         except OSError as error:
             raise AdapterUnavailable(f"stored adapter {self.digest} cannot be read: {error.strerror}") from error
         hasher = _ContentHash()
@@ -51,7 +53,9 @@ class StoredAdapter:
             hasher.update(content)
         if hasher.digest() != self.digest:
             raise AdapterUnavailable(f"stored adapter {self.digest} was changed on disk; load it again")
-        return AdapterFiles(files[_CONFIG], files[_WEIGHTS], files.get(_HEAD_CONFIG))
+        return AdapterFiles(
+            files[_CONFIG], files[_WEIGHTS], files.get(_HEAD_CONFIG), files.get(_MANIFEST), files.get(_INITIAL)
+        )
 
 
 class ContentStore:
@@ -80,6 +84,7 @@ class ContentStore:
             hasher = _ContentHash()
             for name in _FILES:
                 if (directory / name).exists():
+                    (staging / name).parent.mkdir(exist_ok=True)
                     hasher.start_file(name)
                     _copy(directory / name, staging / name, hasher)
             return self._publish(staging, hasher.digest())
@@ -142,7 +147,7 @@ def _directory_problems(directory: Path) -> list[str]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             problems.append(f"{name} is not a regular file")
-        elif name != _WEIGHTS and status.st_size > _MAX_CONFIG_BYTES:
+        elif name not in (_WEIGHTS, _INITIAL) and status.st_size > _MAX_CONFIG_BYTES:
             problems.append(f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
     return problems
 

@@ -1,158 +1,243 @@
-"""The shared base: transformers' own model with grouped layers, its tokenizer and its shapes. Weights are read-only."""
+"""The shared base: one backbone under the heads of several tasks, its inputs and its shapes. Weights are read-only."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from adapter_router.adapters.base_spec import BaseSpec, LinearSpec
-from adapter_router.adapters.head_config import ACTIVATIONS, default_activation
+from adapter_router.adapters.base_spec import BaseSpec
+from adapter_router.adapters.base_weights import BaseWeights
 from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
-from adapter_router.engine.inputs import FEATURES, InputEncoder, InputLimits
-from adapter_router.engine.layers import GroupedLinear, GroupedModule
-from adapter_router.engine.plan import ActivePlan, BatchPlan
-from adapter_router.engine.probe import padding_error, rowwise_modules, zeros_are_default
-from adapter_router.engine.tasks import AUTO_CLASSES
-from adapter_router.types import Activation, TaskKind
+from adapter_router.engine.auto_classes import served_tasks
+from adapter_router.engine.backbone import SharedBackbone, rows_of
+from adapter_router.engine.images import ImageEncoder
+from adapter_router.engine.inputs import TEXT_FEATURES, EncodedRow, InputLimits, RowEncoder, TextEncoder
+from adapter_router.engine.layers import GroupedModule
+from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
+from adapter_router.engine.probe import Batch, WatchedModules, padding_error, watch_modules, zeros_are_default
+from adapter_router.engine.task_model import TaskModel
+from adapter_router.types import TaskKind
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 _WEIGHTS = "model.safetensors"
-_MAX_TEMPLATES = 16
 _OPTIONAL = ("token_type_ids",)  # features that a row may leave out
+_SAMPLES = 6
+_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """One task's model, what validation knows of it, and what a probe saw.
+
+    ``shares``: its head gives the same answer on a backbone output computed before.
+    """
+
+    model: TaskModel
+    spec: BaseSpec
+    weights: BaseWeights
+    watched: WatchedModules
+    shares: bool
 
 
 class BaseModel:
-    """One base model under one task's head, shared by all adapters."""
+    """One base model, shared by all adapters of all its tasks. A task's head is read when it is first needed."""
 
-    def __init__(self, config: EngineConfig, task: TaskKind = "text-classification") -> None:
+    def __init__(self, config: EngineConfig) -> None:
         """Load the base named by ``config``.
 
-        Raises ValueError when its weights are not those ``config.base_sha256`` names.
+        Raises ValueError when its weights are not those ``config.base_sha256`` names, or it cannot run a batch exactly.
         """
-        self._auto_class: Any = AUTO_CLASSES[task]
         self.device = _device(config.device)
-        source = resolve(config.base)
-        _check_digest(source, config.base_sha256)
-        self.model, untrained = self._read(source, config.dtype)
-        self._config: PretrainedConfig = self.model.config
-        # A cache would be one for all rows: copies of a saved layer would see each other's keys.
-        caching = "use_cache" in inspect.signature(self.model.forward).parameters
-        self._options = {"return_dict": True, **({"use_cache": False} if caching else {})}
+        self.lock = threading.RLock()  # held by whoever runs the model or changes how it runs
+        self._name = config.base
+        self._source = resolve(config.base)
+        self._dtype = config.dtype
+        _check_digest(self._source, config.base_sha256)
+        self.tasks = served_tasks(AutoConfig.from_pretrained(self._source))
         self._active = ActivePlan()
-        self._templates: dict[int, PreTrainedModel] = {}
-        self._grouped_modules: dict[str, GroupedModule] = {}
-        self._lock = threading.Lock()
-        tokenizer = _tokenizer(source)
-        limits = self._probe(_limits(self.model, tokenizer), config.base)
-        self.encoder = InputEncoder(tokenizer, limits)
-        self.spec = self._describe(untrained, limits.features)
-        self.fingerprint = _fingerprint(self.model, untrained)
-        for path, module in list(self.model.named_modules()):
-            if path in self.spec.linears:
-                GroupedLinear(module, path, self._active)
+        self._grouped: dict[nn.Module, GroupedModule] = {}
+        self._prepared: dict[TaskKind, PreparedTask] = {}
+        first = self._read(self.tasks[0])
+        self.fingerprint = _fingerprint(first.model, first.untrained)
+        self.dtype: torch.dtype = first.model.dtype
+        self.encoder = self._row_encoder(first)
+        has_backbone = bool(first.backbone_path) or first.task == "embedding"
+        self._backbone = _whole_backbone(first, lambda: self._read("embedding")) if has_backbone else first.backbone
+        self._shared = SharedBackbone(self._backbone) if has_backbone else None
+        self._prepared[first.task] = self._prepare(first)
 
     @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+    def model(self) -> PreTrainedModel:
+        """The model of the base's own task."""
+        return self._prepared[self.tasks[0]].model.model
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """The base head's own label names."""
-        return tuple(self._config.id2label[index] for index in range(self._config.num_labels))
+    def spec(self) -> BaseSpec:
+        """Shapes under the head of the base's own task."""
+        return self._prepared[self.tasks[0]].spec
+
+    def task(self, task: TaskKind) -> PreparedTask:
+        """The base under ``task``'s head. Raises ValueError as the constructor does, KeyError for no task of ours."""
+        if task not in self.tasks:
+            raise KeyError(task)
+        with self.lock:
+            if task not in self._prepared:
+                self._prepared[task] = self._prepare(self._read(task))
+            return self._prepared[task]
 
     @property
-    def activation(self) -> Activation:
-        """How the base head's own logits become scores."""
-        return ACTIVATIONS.get(self._config.problem_type) or default_activation(self._config.num_labels)
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
 
-    def forward(self, features: Mapping[str, torch.Tensor], plan: BatchPlan) -> torch.Tensor:
-        """Logits of (rows, widest head), padded with NaN; rows as sorted in ``plan``. One forward at a time."""
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a token's vector."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a generated text."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+    def may_share(self, tasks: Sequence[TaskKind]) -> bool:
+        """Whether rows of all ``tasks`` can go through the backbone together."""
+        return self._shared is not None and all(self._prepared[task].shares for task in tasks)
+
+    def forward(self, features: Batch, plan: BatchPlan) -> list[tuple[Segment, torch.Tensor]]:
+        """Raw output of every segment's rows; ragged ends are NaN. The caller holds ``lock``."""
+        tasks = plan.tasks()
+        features = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in features.items()}
         with torch.inference_mode(), self._active.running(plan):
-            logits: torch.Tensor = self.model(**features, **self._options).logits
-        return logits
+            if len(tasks) == 1:
+                raw = self._prepared[plan.segments[0].task].model.run(features)
+                return [(s, raw[s.start : s.stop]) for s in plan.segments]
+            output = self._backbone(**features)
+            answers = []
+            for task, segments in tasks.items():
+                raw = self._finish(task, features, plan, segments, output)
+                answers += list(zip(segments, raw.split([s.stop - s.start for s in segments]), strict=True))
+        return answers
 
-    def build_head(self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int) -> nn.Module:
-        """A fresh module like the base's ``path`` for ``num_labels`` labels, holding ``parameters`` on our device."""
-        with self._lock:
-            head: nn.Module = copy.deepcopy(self._template(num_labels).get_submodule(path))
-        placed = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in parameters.items()}
-        head.load_state_dict(placed, strict=True, assign=True)
-        left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
-        if left:
-            raise RuntimeError(f"saved module {path} has tensors that no adapter file holds: {left}")
-        return head.eval().requires_grad_(False)
+    def generate(self, features: Batch, plan: BatchPlan, max_new_tokens: int) -> torch.Tensor:
+        """Token ids of transformers' greedy search, (rows, tokens). The caller holds ``lock``."""
+        model = self._prepared[plan.segments[0].task].model.model
+        with torch.inference_mode(), self._active.running(plan):
+            ids: torch.Tensor = model.generate(
+                **features, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True
+            )
+        return ids
 
-    def group_module(self, path: str) -> None:
-        """Let rows of different adapters run through their own copies of the module ``path`` from now on."""
-        with self._lock:
-            if path not in self._grouped_modules:
-                self._grouped_modules[path] = GroupedModule(self.model.get_submodule(path), path, self._active)
+    def group(self, task: TaskKind, path: str) -> None:
+        """Let adapters act on the module ``path`` from now on."""
+        prepared = self.task(task)
+        module = prepared.model.model.get_submodule(path)
+        with self.lock:
+            if module not in self._grouped:
+                rows = prepared.watched.rows.get(path)
+                self._grouped[module] = GroupedModule(module, self.plan_path(task, path), self._active, rows)
 
-    def _read(self, source: str, dtype: str) -> tuple[PreTrainedModel, frozenset[str]]:
-        model, info = self._auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        model = model.to(self.device).eval().requires_grad_(False)
-        return model, frozenset(info["missing_keys"])
+    def plan_path(self, task: TaskKind, path: str) -> str:
+        """The name under which all tasks know the module ``path``: heads may call the backbone differently."""
+        backbone = self._prepared[task].model.backbone_path
+        if not backbone:
+            return f".{path}" if task == "embedding" else path
+        return path.removeprefix(backbone) if path.startswith(backbone + ".") else path
 
-    def _probe(self, limits: InputLimits, name: str) -> InputLimits:
-        """Refuse an architecture that cannot be batched exactly; drop features whose absence means something else."""
-        ids = (limits.vocab_size, limits.pad_token_id, self.device)
+    def _read(self, task: TaskKind) -> TaskModel:
+        return TaskModel(task, self._source, self._dtype, self.device)
+
+    def _finish(
+        self, task: TaskKind, features: Batch, plan: BatchPlan, segments: list[Segment], output: object
+    ) -> torch.Tensor:
+        """One task's head on its rows of the backbone's ``output``."""
+        assert self._shared is not None
+        model = self._prepared[task].model
+        own = rows_of(output, segments, plan.num_rows)
+        if task == "embedding":
+            return model.raw(own)
+        chosen = {name: rows_of(tensor, segments, plan.num_rows) for name, tensor in features.items()}
+        with self._shared.answering(own), self._active.running(plan.narrowed(segments)):
+            return model.run(chosen)
+
+    def _prepare(self, model: TaskModel) -> PreparedTask:
+        """Share the backbone, then look at how the model behaves."""
+        shared = self._shared is not None and model.share_backbone(self._backbone)
+        with self.lock, torch.inference_mode():
+            self._check_padding(model)
+            watched = watch_modules(model.model, self._batch_of, model.run)
+            shares = shared and self._replays(model, self._batch_of(_SAMPLES))
+        spec = model.describe(watched, self.fingerprint)
+        weights = BaseWeights(dict(model.model.named_parameters(remove_duplicate=False)), spec.targets)
+        return PreparedTask(model, spec, weights, watched, shares)
+
+    def _batch_of(self, count: int) -> Batch:
+        """Sample rows of one length."""
+        return self._collate(self.encoder.samples(count, _TOKENS))
+
+    def _collate(self, rows: Sequence[EncodedRow]) -> Batch:
+        features = self.encoder.collate(rows, self.device)
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in features.items()}
+
+    def _check_padding(self, model: TaskModel) -> None:
+        """Refuse an architecture that cannot be batched exactly."""
+        rows = self.encoder.samples(3, None)
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.2  # half precision alone moves small logits by percents
         try:
-            error = padding_error(self.model, *ids)
-            kept = [f for f in limits.features if f not in _OPTIONAL or zeros_are_default(self.model, f, *ids)]
+            alone = [model.run(self._collate([row]))[0].float() for row in rows]
+            together = [raw[: len(one)].float() for raw, one in zip(model.run(self._collate(rows)), alone, strict=True)]
         except Exception as failure:
-            raise ValueError(f"base {name!r} cannot run a padded batch of text rows: {failure}") from failure
+            raise ValueError(f"base {self._name!r} cannot run a padded batch of rows: {failure}") from failure
+        error = padding_error(alone, together)
         if not error <= tolerance:
             raise ValueError(
-                f"base {name!r} ({self._config.model_type}): padding moves its logits by {error:.1e} of their size, so "
-                "rows of different length cannot share a batch exactly"
+                f"base {self._name!r} ({model.config.model_type}): padding moves its logits by {error:.1e} of their "
+                "size, so rows of different length cannot share a batch exactly"
             )
-        return replace(limits, features=tuple(kept))
 
-    def _describe(self, untrained: frozenset[str], features: tuple[str, ...]) -> BaseSpec:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        fewer, more = self._template(2).state_dict(), self._template(3).state_dict()
-        label_axes = {
-            name: next(axis for axis, size in enumerate(tensor.shape) if size != more[name].shape[axis])
-            for name, tensor in fewer.items()
-            if tensor.shape != more[name].shape
-        }
-        linears = {path: spec for path, module in self.model.named_modules() if (spec := _linear_spec(module))}
-        rowwise = rowwise_modules(self.model, features, self.device)
-        return BaseSpec(
-            model_type=self._config.model_type,
-            labels=self.labels,
-            activation=self.activation,
-            linears=linears,
-            parameters=shapes,
-            label_axes=label_axes,
-            untrained=untrained,
-            rowwise=rowwise,
-        )
+    def _replays(self, model: TaskModel, batch: Batch) -> bool:
+        """Whether the head, given the backbone's output, answers as the whole model does."""
+        if model.task == "embedding":
+            return True
+        assert self._shared is not None
+        with self._shared.answering(self._backbone(**batch)):
+            replayed = model.run(batch)
+        return torch.allclose(replayed.float(), model.run(batch).float(), rtol=1e-4, atol=1e-5)
 
-    def _template(self, num_labels: int) -> PreTrainedModel:
-        """The architecture with ``num_labels`` labels, without weights."""
-        if num_labels not in self._templates:
-            if len(self._templates) >= _MAX_TEMPLATES:
-                self._templates.pop(next(iter(self._templates)))
-            config = copy.deepcopy(self._config)
-            config.num_labels = num_labels
-            with torch.device("meta"):
-                self._templates[num_labels] = self._auto_class.from_config(config)
-        return self._templates[num_labels]
+    def _row_encoder(self, first: TaskModel) -> RowEncoder:
+        config = first.config
+        if first.model.main_input_name == "pixel_values":
+            return ImageEncoder(self._source, getattr(config, "vision_config", None) or config)
+        tokenizer = _tokenizer(self._source)
+        limits = _limits(first.model, tokenizer)
+        start = config.decoder_start_token_id if config.is_encoder_decoder else None
+        encoder = TextEncoder(tokenizer, limits, start)
+        sample = encoder.collate(encoder.samples(1, _TOKENS), self.device)
+        with torch.inference_mode():
+            kept = tuple(
+                name
+                for name in limits.features
+                if name not in _OPTIONAL or zeros_are_default(first.run, sample, name)
+            )
+        return TextEncoder(tokenizer, replace(limits, features=kept), start)
+
+
+def _whole_backbone(first: TaskModel, read: Callable[[], TaskModel]) -> nn.Module:
+    """The backbone with all parts that any head may want: some heads' own lacks the pooler."""
+    with torch.device("meta"):
+        whole = AutoModel.from_config(first.config)
+    if type(whole) is not type(first.backbone) or set(whole.state_dict()) <= set(first.backbone.state_dict()):
+        return first.backbone
+    return read().model
 
 
 def _check_digest(source: str, expected: str | None) -> None:
@@ -182,7 +267,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 
 
 def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> InputLimits:
-    config = model.config
+    config: PretrainedConfig = model.config
     max_tokens = getattr(config, "max_position_embeddings", None) or 1 << 30
     for path, module in model.named_modules():
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -192,17 +277,9 @@ def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
     if tokenizer is not None:
         max_tokens = min(max_tokens, tokenizer.model_max_length)
     accepted = inspect.signature(model.forward).parameters
-    features = tuple(name for name in FEATURES if name in accepted)
+    features = tuple(name for name in TEXT_FEATURES if name in accepted)
     type_vocab_size = getattr(config, "type_vocab_size", None) or 1
-    return InputLimits(config.vocab_size, max_tokens, features, config.pad_token_id or 0, type_vocab_size)
-
-
-def _linear_spec(module: nn.Module) -> LinearSpec | None:
-    if isinstance(module, nn.Linear):
-        return LinearSpec(module.in_features, module.out_features)
-    if isinstance(module, Conv1D):
-        return LinearSpec(module.weight.shape[0], module.weight.shape[1])
-    return None
+    return InputLimits(config.vocab_size, max_tokens, features, config.pad_token_id, type_vocab_size)
 
 
 def _fingerprint(model: PreTrainedModel, untrained: frozenset[str]) -> str:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from adapter_router.adapters.validate import AdapterTensors
+from adapter_router.adapters.convert import norms
+from adapter_router.adapters.validate import Request
 from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
-from adapter_router.engine.forward import Forward
+from adapter_router.engine.forward import Forward, Work
+from adapter_router.engine.generation import Generated, GenerationWork, Generator
 from adapter_router.engine.inputs import EncodedRow
-from adapter_router.engine.residency import Residency
-from adapter_router.engine.resident import ResidentAdapter, device_bytes
-from adapter_router.engine.tasks import classify
+from adapter_router.engine.residency import Loaded, Residency
+from adapter_router.engine.resident import ResidentAdapter
+from adapter_router.engine.tasks.answering import Answerer, Given, Reader, answerer, text_prefix
+from adapter_router.engine.tasks.parameters import generation
 from adapter_router.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -35,6 +39,8 @@ from adapter_router.types import (
     AdapterVersion,
     Array,
     BaseInfo,
+    EmbeddingSettings,
+    GenerationEvent,
     LoadReport,
     Row,
     RowOutcome,
@@ -44,6 +50,8 @@ from adapter_router.types import (
 
 logger = logging.getLogger(__name__)
 
+_GENERATES = ("text-generation", "seq2seq-generation")
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -51,7 +59,9 @@ class _Job:
 
     index: int
     row: Row
+    task: TaskKind
     encoded: EncodedRow
+    answer: Answerer
     version: AdapterVersion | None
 
 
@@ -70,6 +80,7 @@ class Engine:
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
         self._catalog = Catalog()
         self._forward = Forward(self.base, self.metrics)
+        self._generator = Generator(self.base)
 
     def __enter__(self) -> Engine:
         return self
@@ -92,8 +103,8 @@ class Engine:
     ) -> LoadReport:
         """Register the PEFT directory ``directory`` as ``adapter`` and make it resident.
 
-        ``labels`` overrides the names in the directory's ``config.json``. Raises AdapterExists when the name is
-        taken and AdapterRejected with every problem, in both cases without effect.
+        ``task`` where the directory does not tell it; ``labels`` overrides the names in its ``config.json``. Raises
+        AdapterExists when the name is taken and AdapterRejected with every problem, in both cases without effect.
         """
         self._catalog.check_name(adapter)
         report = self.admit(adapter, self._store.admit(directory), task, labels)
@@ -115,12 +126,20 @@ class Engine:
         """
         if task is not None and task not in TASK_KINDS:
             raise AdapterRejected.because([f"task {task!r} is not served; served are {', '.join(TASK_KINDS)}"])
-        tensors = self._residency.register(stored, tuple(labels) if labels is not None else None)
+        loaded = self._residency.register(stored, Request(task, tuple(labels) if labels is not None else None))
+        tensors = loaded.tensors
         version = AdapterVersion(
-            adapter, stored.digest, stored.directory, task or "text-classification", tensors.labels, tensors.activation
+            adapter,
+            stored.digest,
+            stored.directory,
+            tensors.task,
+            tensors.labels,
+            tensors.activation,
+            tensors.embedding,
         )
-        logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(tensors.pairs) + len(tensors.saved))
-        return self._report(version, tensors)
+        report = _report(version, loaded)
+        logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(report.modules))
+        return report
 
     def evict(self, digest: str) -> None:
         """Free the device memory of an idle adapter; it is read again when a row asks for it."""
@@ -137,9 +156,14 @@ class Engine:
 
     def info(self) -> BaseInfo:
         """The base model as others need to know it."""
-        labels = None if self.base.spec.untrained else self.base.labels
+        own = self.base.spec
         return BaseInfo(
-            self.config.base, self.base.fingerprint, self.base.spec.model_type, labels, self.base.encoder.max_tokens
+            name=self.config.base,
+            fingerprint=self.base.fingerprint,
+            model_type=own.model_type,
+            tasks=self.base.tasks,
+            labels=None if own.untrained else own.labels,
+            max_tokens=self.base.encoder.max_tokens,
         )
 
     def check_forward(self, timeout_s: float) -> bool:
@@ -176,16 +200,86 @@ class Engine:
             self._run(jobs[start : start + self.config.max_batch_rows], outcomes)
         return [outcomes[index] for index in range(len(rows))]
 
+    def generate(self, rows: Sequence[Row]) -> Iterator[GenerationEvent]:
+        """Continue ``rows`` greedily; one event a row, when its batch is done. A row that failed is an event, too."""
+        jobs: list[_Job] = []
+        for index, row in enumerate(rows):
+            try:
+                found = self._catalog.find(row.adapter)
+                if isinstance(found, AdapterRouterError):
+                    raise found
+                job = self._encode(index, row, found)
+                if job.task not in _GENERATES:
+                    raise TaskMismatch(f"adapter {row.adapter!r} serves {job.task}, which generates nothing", "adapter")
+                jobs.append(job)
+            except AdapterRouterError as error:
+                yield GenerationEvent(index, adapter=row.adapter, error=error)
+        for start in range(0, len(jobs), self.config.max_batch_rows):
+            yield from self._generate_batch(jobs[start : start + self.config.max_batch_rows])
+
+    def _generate_batch(self, jobs: Sequence[_Job]) -> Iterator[GenerationEvent]:
+        for group, leased in self._leased_groups(jobs):
+            if isinstance(leased, AdapterRouterError):
+                for job in group:
+                    yield GenerationEvent(job.index, adapter=job.row.adapter, error=leased)
+                continue
+            works = [
+                GenerationWork(
+                    job.encoded, _adapter(job, leased), job.task, generation(job.row.parameters, job.task).max_new_tokens
+                )
+                for job in group
+            ]
+            for index, generated in self._generator.run(works):
+                yield self._event(group[index], generated)
+
+    def _event(self, job: _Job, generated: Generated | InternalError) -> GenerationEvent:
+        version = job.version.digest if job.version else self.base.fingerprint
+        if isinstance(generated, InternalError):
+            return GenerationEvent(job.index, adapter=job.row.adapter, version=version, error=generated)
+        return GenerationEvent(
+            index=job.index,
+            token_ids=generated.token_ids,
+            text=self.base.encoder.detokenize(generated.token_ids),
+            finish_reason="stop" if generated.stopped else "length",
+            adapter=job.row.adapter,
+            version=version,
+        )
+
     def _encode(self, index: int, row: Row, version: AdapterVersion | None) -> _Job:
-        task = version.task if version else "text-classification"
+        task = version.task if version else row.task or self.base.tasks[0]
         if row.task is not None and row.task != task:
             raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
-        if version is None and self.base.spec.untrained:
-            raise TaskMismatch("the bare base has no trained head for text-classification; name an adapter", "adapter")
-        return _Job(index, row, self.base.encoder.encode(row), version)
+        if task not in self.base.tasks:
+            raise TaskMismatch(f"this base does not serve {task}; it serves {', '.join(self.base.tasks)}", "task")
+        spec = self.base.task(task).spec
+        if version is None and spec.untrained:
+            raise TaskMismatch(f"the bare base has no trained head for {task}; name an adapter", "adapter")
+        reader = Reader(
+            labels=version.labels if version else spec.labels,
+            activation=version.activation if version else spec.activation,
+            embedding=version.embedding if version else EmbeddingSettings(),
+            hidden_size=self.base.hidden_size,
+        )
+        answer = answerer(task, reader, row.parameters)
+        encoded = self.base.encoder.encode(row, text_prefix(task, reader, row.parameters))
+        return _Job(index, row, task, encoded, answer, version)
 
     def _run(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> None:
-        """Answer ``jobs``: resident adapters at once, cold ones as the loader brings them in."""
+        for group, leased in self._leased_groups(jobs):
+            if isinstance(leased, AdapterRouterError):
+                outcomes.update({job.index: leased for job in group})
+                continue
+            works = [Work(job.encoded, _adapter(job, leased), job.task) for job in group]
+            for job, answer in zip(group, self._forward.run(works), strict=True):
+                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._result(job, answer)
+
+    def _leased_groups(
+        self, jobs: Sequence[_Job]
+    ) -> Iterator[tuple[list[_Job], dict[str, ResidentAdapter] | AdapterRouterError]]:
+        """``jobs`` in groups whose adapters are leased while the caller works on them, or with what keeps them out.
+
+        Resident adapters at once, cold ones as the loader brings them in. No lease is held while waiting for one.
+        """
         leased: dict[str, ResidentAdapter] = {}
         for digest, version in _versions(jobs).items():
             resident = self._residency.try_acquire(digest)
@@ -197,61 +291,56 @@ class Engine:
         ready, waiting = _split([job for job in jobs if job.version], leased)
         self.metrics.hits.inc(len(ready))
         self.metrics.misses.inc(len(waiting))
-        self._forward_leased([*bare, *ready], leased, outcomes)
+        with self._releasing(leased):
+            if bare or ready:
+                yield [*bare, *ready], leased
         while waiting:
-            waiting = self._run_cold(waiting, outcomes)
+            versions = _versions(waiting)
+            first, version = versions.popitem()
+            try:
+                leased = {first: self._residency.acquire(version)}
+            except AdapterRouterError as error:
+                failed, waiting = _split(waiting, {first})
+                yield failed, error
+                continue
+            with self._releasing(leased):
+                for digest in versions:
+                    resident = self._residency.try_acquire(digest)
+                    if resident is not None:
+                        leased[digest] = resident
+                ready, waiting = _split(waiting, leased)
+                yield ready, leased
 
-    def _run_cold(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> list[_Job]:
-        """Wait for one adapter, answer its rows and those of whatever else has come in; returns the rest."""
-        versions = _versions(jobs)
-        first, version = versions.popitem()
-        leased: dict[str, ResidentAdapter] = {}
+    @contextmanager
+    def _releasing(self, leased: dict[str, ResidentAdapter]) -> Iterator[None]:
         try:
-            leased[first] = self._residency.acquire(version)
-        except AdapterRouterError as error:
-            failed, rest = _split(jobs, {first})
-            outcomes.update({job.index: error for job in failed})
-            return rest
-        for digest in versions:
-            resident = self._residency.try_acquire(digest)
-            if resident is not None:
-                leased[digest] = resident
-        ready, rest = _split(jobs, leased)
-        self._forward_leased(ready, leased, outcomes)
-        return rest
-
-    def _forward_leased(
-        self, jobs: Sequence[_Job], leased: dict[str, ResidentAdapter], outcomes: dict[int, RowOutcome]
-    ) -> None:
-        try:
-            adapters = [leased[job.version.digest] if job.version else None for job in jobs]
-            answers = self._forward.run([job.encoded for job in jobs], adapters) if jobs else []
-            for job, answer in zip(jobs, answers, strict=True):
-                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._result(job, answer)
+            yield
         finally:
             for digest in leased:
                 self._residency.release(digest)
 
-    def _result(self, job: _Job, logits: Array) -> RowResult:
-        version = job.version
-        activation = version.activation if version else self.base.activation
-        if job.row.parameters.get("use_activation") is False:
-            activation = "none"
-        labels = version.labels if version else self.base.labels
-        digest = version.digest if version else self.base.fingerprint
-        output = classify(logits, labels, activation)
+    def _result(self, job: _Job, raw: Array) -> RowResult:
+        output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))
+        digest = job.version.digest if job.version else self.base.fingerprint
         return RowResult(output, logits, job.row.adapter, digest, job.encoded.num_tokens)
 
-    def _report(self, version: AdapterVersion, tensors: AdapterTensors) -> LoadReport:
-        saved = sum(len(parameters) for parameters in tensors.saved.values())
-        return LoadReport(
-            version=version,
-            tensors_applied=2 * len(tensors.pairs) + saved,
-            modules=(*tensors.pairs, *tensors.saved),
-            ranks=tuple(sorted({pair.rank for pair in tensors.pairs.values()})),
-            num_bytes=device_bytes(tensors, self.base.dtype),
-            warnings=tensors.warnings,
-        )
+
+def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:
+    delta = loaded.converted.delta
+    sizes = norms(delta)
+    return LoadReport(
+        version=version,
+        tensors_applied=loaded.tensors.num_tensors,
+        modules=tuple(sizes),
+        ranks=tuple(sorted({target.config.rank_of(target.path) for target in loaded.tensors.targets})),
+        num_bytes=loaded.num_bytes,
+        norms=sizes,
+        warnings=loaded.converted.warnings,
+    )
+
+
+def _adapter(job: _Job, leased: dict[str, ResidentAdapter]) -> ResidentAdapter | None:
+    return leased[job.version.digest] if job.version else None
 
 
 def _split(jobs: Sequence[_Job], digests: Container[str]) -> tuple[list[_Job], list[_Job]]:

@@ -1,23 +1,43 @@
-"""One forward pass for rows of many adapters: sort, plan, run, and hand every row its own logits."""
+"""One forward pass for rows of many adapters: sort, plan, run, and hand every row its own output."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.inputs import EncodedRow
-from adapter_router.engine.plan import BatchPlan, sorted_order
+from adapter_router.engine.plan import BatchPlan, PlanRow, sorted_order
 from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.errors import InternalError
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import Array
+from adapter_router.types import Array, TaskKind
 
 logger = logging.getLogger(__name__)
+
+_MAX_OUTPUT_NUMBERS = 1 << 27  # of one pass: logits of many tokens over a large vocabulary
+_PER_TOKEN = frozenset(
+    {"token-classification", "question-answering", "embedding", "text-generation", "seq2seq-generation"}
+)
+_LABELLED = frozenset({"text-classification", "token-classification", "image-classification"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row on its way through the model; ``adapter`` None is the bare base."""
+
+    encoded: EncodedRow
+    adapter: ResidentAdapter | None
+    task: TaskKind
+
+
+Answer = TypeVar("Answer")
 
 
 class Forward:
@@ -26,45 +46,97 @@ class Forward:
     def __init__(self, base: BaseModel, metrics: EngineMetrics) -> None:
         self._base = base
         self._metrics = metrics
-        self._lock = threading.Lock()
 
-    def run(
-        self, rows: Sequence[EncodedRow], adapters: Sequence[ResidentAdapter | None]
-    ) -> list[Array | InternalError]:
-        """Each row's logits, unpadded. When the pass raises, halves of it run, so that only the row to blame fails."""
-        try:
-            logits = self._run_once(rows, adapters)
-        except Exception as error:
-            if len(rows) == 1:
-                logger.exception("a row of adapter %s failed", adapters[0].digest if adapters[0] else None)
-                return [InternalError(f"the forward pass failed: {type(error).__name__}")]
-            middle = len(rows) // 2
-            return self.run(rows[:middle], adapters[:middle]) + self.run(rows[middle:], adapters[middle:])
-        return [self._cut(row, adapter) for row, adapter in zip(logits, adapters, strict=True)]
+    def run(self, works: Sequence[Work]) -> list[Array | InternalError]:
+        """Each row's raw output, unpadded, in order."""
+        answers: dict[int, Array | InternalError] = {}
+        for indices in self._batches(works):
+            found = bisected([works[index] for index in indices], self._run_once)
+            answers.update(zip(indices, found, strict=True))
+        return [answers[index] for index in range(len(works))]
 
     def free(self, timeout_s: float) -> bool:
         """Whether the pass comes free within ``timeout_s``; False when one has been stuck that long."""
-        free = self._lock.acquire(timeout=timeout_s)
+        free = self._base.lock.acquire(timeout=timeout_s)
         if free:
-            self._lock.release()
+            self._base.lock.release()
         return free
 
-    def _run_once(self, rows: Sequence[EncodedRow], adapters: Sequence[ResidentAdapter | None]) -> Array:
-        """Logits of (rows, widest head) in the caller's order."""
-        order = sorted_order(adapters)
-        plan = BatchPlan([adapters[row] for row in order])
-        features = self._base.encoder.collate([rows[row] for row in order], self._base.device)
-        with self._lock:
+    def _batches(self, works: Sequence[Work]) -> Iterator[list[int]]:
+        """Row numbers that may share a pass: one shape of input, heads on one backbone, no adapter that must be alone."""
+        tasks = sorted({work.task for work in works})
+        together = self._base.may_share(tasks)
+        groups: dict[object, list[int]] = {}
+        for index, work in enumerate(works):
+            alone = work.adapter.digest if work.adapter and work.adapter.solo else None
+            key = (alone, work.encoded.shape_key, None if together and alone is None else work.task)
+            groups.setdefault(key, []).append(index)
+        for indices in groups.values():
+            most = self._most_rows([works[index] for index in indices])
+            yield from (indices[start : start + most] for start in range(0, len(indices), most))
+
+    def _most_rows(self, works: Sequence[Work]) -> int:
+        if not any(work.task in ("text-generation", "seq2seq-generation") for work in works):
+            return len(works)
+        longest = max(work.encoded.num_outputs for work in works)
+        return max(1, _MAX_OUTPUT_NUMBERS // (longest * self._base.vocab_size))
+
+    def _run_once(self, works: Sequence[Work]) -> list[Array | InternalError]:
+        rows = [PlanRow(work.adapter, work.task, invocation_start(work)) for work in works]
+        order = sorted_order(rows)
+        chosen = [works[index].encoded for index in order]
+        plan = BatchPlan([rows[index] for index in order], max(row.num_tokens for row in chosen))
+        features = self._base.encoder.collate(chosen, self._base.device)
+        with self._base.lock:
             start = time.perf_counter()
-            logits = self._base.forward(features, plan).float().cpu().numpy()
+            outputs = [(s, raw.float().cpu().numpy()) for s, raw in self._base.forward(features, plan)]
             self._metrics.forward_seconds.observe(time.perf_counter() - start)
         self._metrics.forwards.inc()
         self._metrics.forward_rows.observe(plan.num_rows)
         self._metrics.forward_adapters.observe(len(plan.segments))
-        unsorted = np.empty_like(logits)
-        unsorted[order] = logits
-        return unsorted
+        answers: list[Array | InternalError] = [InternalError("the model gave this row no output")] * len(works)
+        for segment, raw in outputs:
+            for position, row in zip(range(segment.start, segment.stop), raw, strict=True):
+                answers[order[position]] = self._cut(row, works[order[position]])
+        return answers
 
-    def _cut(self, logits: Array, adapter: ResidentAdapter | None) -> Array | InternalError:
-        own = logits[: adapter.num_labels if adapter else self._base.spec.num_labels]
+    def _cut(self, raw: Array, work: Work) -> Array | InternalError:
+        """The row's own tokens and labels, without padding."""
+        own = raw[: work.encoded.num_outputs] if work.task in _PER_TOKEN else raw
+        if work.task in _LABELLED:
+            labels = work.adapter.num_labels if work.adapter else self._base.task(work.task).spec.num_labels
+            own = own[..., :labels]
+        elif work.task not in ("question-answering", "embedding"):
+            own = own[..., ~np.isnan(own[0])] if np.isnan(own[0]).any() else own
         return own if np.isfinite(own).all() else InternalError("the model's output is not finite")
+
+
+def bisected(
+    works: Sequence[Work], run: Callable[[Sequence[Work]], list[Answer | InternalError]]
+) -> list[Answer | InternalError]:
+    """``run`` all of ``works``; when that raises, halves of them, so that only the row to blame fails."""
+    try:
+        return run(works)
+    except Exception as error:
+        if len(works) == 1:
+            adapter = works[0].adapter
+            logger.exception("a row of adapter %s failed", adapter.digest if adapter else None)
+            return [InternalError(f"the forward pass failed: {type(error).__name__}")]
+        middle = len(works) // 2
+        return bisected(works[:middle], run) + bisected(works[middle:], run)
+
+
+def invocation_start(work: Work) -> int | None:
+    """From which token on the row's adapter is active: the last place its invocation tokens stand (arXiv:2504.12397).
+
+    A row without them is the bare base's: active from behind its end.
+    """
+    if work.adapter is None or not work.adapter.invocation:
+        return None
+    ids, wanted = work.encoded.features["input_ids"].tolist(), list(work.adapter.invocation)
+    starts = range(len(ids) - len(wanted), -1, -1)
+    return next((start for start in starts if ids[start : start + len(wanted)] == wanted), NEVER)
+
+
+NEVER = 1 << 40
+"""A token position that no row reaches."""

@@ -9,66 +9,110 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import nn
 
-from adapter_router.engine.kernels import LoraSegment, Scratch
-from adapter_router.engine.resident import ResidentAdapter
+from adapter_router.engine.kernels import Scratch
+from adapter_router.engine.resident import DeviceDelta, Head, ResidentAdapter
+from adapter_router.types import TaskKind
 
-_NONE = torch.empty(0)
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One row: its adapter (None is the bare base), its task, and from which token on an aLoRA adapter is active.
+
+    ``active_from`` None: the whole row.
+    """
+
+    adapter: ResidentAdapter | None
+    task: TaskKind
+    active_from: int | None = None
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``start`` to ``stop`` of a batch, all of one adapter; None is the bare base."""
+    """Rows ``start`` to ``stop`` of a batch, all of one adapter and task; adapter None is the bare base."""
 
     start: int
     stop: int
     adapter: ResidentAdapter | None
+    task: TaskKind
 
 
 class BatchPlan:
     """Segments of a batch whose rows lie sorted by adapter. Immutable."""
 
-    def __init__(self, adapters: Sequence[ResidentAdapter | None]) -> None:
-        """``adapters``: one a row, equal ones adjacent."""
-        self.num_rows = len(adapters)
+    def __init__(self, rows: Sequence[PlanRow], width: int = 0) -> None:
+        """``rows``: those of one adapter and task adjacent. ``width``: tokens of the padded batch."""
+        self.rows = tuple(rows)
+        self.num_rows = len(rows)
+        self.width = width
         self.segments: list[Segment] = []
         start = 0
-        for _, rows in groupby(adapters, key=id):
-            members = list(rows)
-            self.segments.append(Segment(start, start + len(members), members[0]))
-            start += len(members)
+        for _, members in groupby(rows, key=lambda row: (id(row.adapter), row.task)):
+            first, *others = members
+            stop = start + 1 + len(others)
+            self.segments.append(Segment(start, stop, first.adapter, first.task))
+            start = stop
+        self._masked = any(row.active_from is not None for row in rows)
 
-    def lora(self, path: str) -> list[LoraSegment] | None:
-        """Every segment with its adapter's factors for the module ``path``; None when no adapter acts there."""
-        factors = [s.adapter.lora.get(path) if s.adapter else None for s in self.segments]
-        if not any(factors):
-            return None
-        return [
-            LoraSegment(s.stop - s.start, f.rank, f.a, f.b) if f else LoraSegment(s.stop - s.start, 0, _NONE, _NONE)
-            for s, f in zip(self.segments, factors, strict=True)
-        ]
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one adapter has all rows, so that it may act on whatever passes by."""
+        return len(self.segments) == 1
 
-    def heads(self, path: str) -> list[tuple[nn.Module | None, list[Segment]]]:
-        """Who runs the module ``path`` on which rows: an adapter's own copy, or None for the base's."""
-        shared = [s for s in self.segments if s.adapter is None or path not in s.adapter.heads]
+    def deltas(self, path: str) -> list[DeviceDelta | None] | None:
+        """What each segment's adapter changes at the module ``path``; None when nobody changes anything."""
+        deltas = [s.adapter.deltas.get(path) if s.adapter else None for s in self.segments]
+        return deltas if any(deltas) else None
+
+    def heads(self, path: str) -> list[tuple[Head | None, list[Segment]]] | None:
+        """Who runs the module ``path`` on which rows: an adapter's own, or None for the base's; None when all are."""
         own = [(s.adapter.heads[path], [s]) for s in self.segments if s.adapter and path in s.adapter.heads]
+        if not own:
+            return None
+        shared = [s for s in self.segments if s.adapter is None or path not in s.adapter.heads]
         return [(None, shared), *own] if shared else [*own]
+
+    def tasks(self) -> dict[TaskKind, list[Segment]]:
+        """Segments by task."""
+        groups: dict[TaskKind, list[Segment]] = {}
+        for segment in self.segments:
+            groups.setdefault(segment.task, []).append(segment)
+        return groups
 
     def narrowed(self, segments: Sequence[Segment]) -> BatchPlan:
         """The plan of a batch that holds only ``segments``' rows."""
-        return BatchPlan([s.adapter for s in segments for _ in range(s.start, s.stop)])
+        return BatchPlan([row for s in segments for row in self.rows[s.start : s.stop]], self.width)
+
+    def as_one_block(self) -> BatchPlan:
+        """A uniform plan for tensors that have no entries by row."""
+        assert self.is_uniform
+        return BatchPlan(self.rows[:1], self.width)
+
+    def token_mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """(rows, tokens, 1): 1 where a row's adapter is active; None when all are everywhere.
+
+        Fewer tokens than the batch is wide are its last ones, or those generated after it.
+        """
+        if not self._masked:
+            return None
+        starts = [0 if row.active_from is None else row.active_from for row in self.rows]
+        positions = torch.arange(tokens, device=device)
+        if tokens != self.width:
+            positions = positions + self.width - 1
+        return (positions[None] >= torch.tensor(starts, device=device)[:, None]).unsqueeze(-1)
 
 
-def sorted_order(adapters: Sequence[ResidentAdapter | None]) -> list[int]:
+def sorted_order(rows: Sequence[PlanRow]) -> list[int]:
     """Row numbers in plan order: rows of one adapter adjacent, adapters of one rank and number of rows side by side."""
-    rows = Counter(adapter.digest for adapter in adapters if adapter)
+    counts = Counter(row.adapter.digest for row in rows if row.adapter)
 
-    def place(row: int) -> tuple[int, int, str]:
-        adapter = adapters[row]
-        return (adapter.max_rank, rows[adapter.digest], adapter.digest) if adapter else (0, 0, "")
+    def place(index: int) -> tuple[int, int, str, str]:
+        row = rows[index]
+        if row.adapter is None:
+            return (0, 0, "", row.task)
+        return (row.adapter.max_rank, counts[row.adapter.digest], row.adapter.digest, row.task)
 
-    return sorted(range(len(adapters)), key=place)
+    return sorted(range(len(rows)), key=place)
 
 
 class ActivePlan:
@@ -82,7 +126,7 @@ class ActivePlan:
         self.scratch = Scratch()
 
     @contextmanager
-    def running(self, plan: BatchPlan) -> Iterator[None]:
+    def running(self, plan: BatchPlan | None) -> Iterator[None]:
         """Make ``plan`` the active one, and the outer one again afterwards."""
         outer, self.plan = self.plan, plan
         try:

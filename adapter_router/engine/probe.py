@@ -1,10 +1,10 @@
 """What a base can do, found by watching small forward passes instead of trusting a list of architectures.
 
-``rowwise_modules``: which modules can carry an adapter per row. A module that is handed something else than one entry
-per row (position tables, flattened batches), answers with more than a tensor, or whose weights are used without
-calling it, would get adapters wrong or ignore them in silence.
+``watch_modules``: which modules are called, and which of their arguments have entries for each row. A module that is
+handed something else than rows (position tables), or whose answer for one row depends on another, cannot carry several
+adapters at once.
 
-``padding_error``: how far a row's logits move when it is padded beside longer ones. Models whose layers see padding
+``padding_error``: how far a row's output moves when it is padded beside longer ones. Models whose layers see padding
 (convolutions, Fourier mixing) cannot be batched exactly.
 
 ``zeros_are_default``: whether a feature given as zeros means the same as not given, so that rows with it and rows
@@ -13,63 +13,140 @@ without it may share a batch.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-_ROWS, _TOKENS = 3, 5  # unlike each other, and unlike any leading dimension a model adds by itself
+Batch = dict[str, torch.Tensor]
+_FEW, _MORE = 3, 5  # unlike each other, and unlike any leading dimension a model adds by itself
+_CHANGED = 1  # the row that differs between two otherwise equal batches
 
 
-def rowwise_modules(model: nn.Module, features: tuple[str, ...], device: torch.device) -> frozenset[str]:
-    """Paths of the modules that map (rows, …) to (rows, …) every time they are called, and are called at all."""
-    verdicts: dict[str, bool] = {}
+class _Bounds(Protocol):
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowArguments:
+    """Which positional and named arguments of a module have entries for each row."""
+
+    positions: frozenset[int]
+    names: frozenset[str]
+
+    def select(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], segments: Sequence[_Bounds], num_rows: int
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Those rows' arguments; everything else is passed on."""
+
+        def cut(value: torch.Tensor) -> torch.Tensor:
+            per_row = value.shape[0] // num_rows
+            pieces = [value[s.start * per_row : s.stop * per_row] for s in segments]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        chosen = [cut(value) if index in self.positions else value for index, value in enumerate(args)]
+        return chosen, {name: cut(value) if name in self.names else value for name, value in kwargs.items()}
+
+
+@dataclass(frozen=True)
+class WatchedModules:
+    """``called``: paths of modules that a forward calls. ``rows``: of those that keep rows apart, their arguments."""
+
+    called: frozenset[str]
+    rows: Mapping[str, RowArguments]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Tensors that one call was given, and its answer; keys of ``given`` are positions and names."""
+
+    given: Mapping[int | str, torch.Tensor]
+    answer: Any
+
+
+def watch_modules(model: nn.Module, batch: Callable[[int], Batch], run: Callable[[Batch], Any]) -> WatchedModules:
+    """Run ``model`` on three small batches; ``batch(n)`` makes one of n rows, ``run`` runs it.
+
+    A module keeps rows apart when the leading dimensions of its answer and of an argument grow with the number of
+    rows, every time, and changing one row changes that row's part alone.
+    """
+    few, more = batch(_FEW), batch(_MORE)
+    other = {name: tensor[:_FEW].clone() for name, tensor in few.items()}
+    for name, tensor in other.items():
+        tensor[_CHANGED] = more[name][_FEW + 1]
+    records = [_record(model, features, run) for features in (few, more, other)]
+    rows = {}
+    for path, calls in records[0].items():
+        triples = list(zip(calls, records[1].get(path, []), records[2].get(path, []), strict=False))
+        arguments = [_row_arguments(*triple) for triple in triples]
+        whole = len(calls) == len(triples) and all(arguments) and len(set(arguments)) == 1
+        if whole and arguments[0] is not None:
+            rows[path] = arguments[0]
+    return WatchedModules(frozenset(records[0]), rows)
+
+
+def padding_error(alone: Sequence[torch.Tensor], together: Sequence[torch.Tensor]) -> float:
+    """Largest difference between rows' outputs alone and in one padded batch, relative to the largest output."""
+    scale = max(float(output.abs().max()) for output in alone)
+    worst = max(float((one - other).abs().max()) for one, other in zip(alone, together, strict=True))
+    return worst / max(scale, 1e-6)
+
+
+def zeros_are_default(run: Callable[[Batch], torch.Tensor], batch: Batch, feature: str) -> bool:
+    """Whether ``feature`` given as zeros changes nothing."""
+    given = {**batch, feature: torch.zeros_like(batch["input_ids"])}
+    without = {name: tensor for name, tensor in batch.items() if name != feature}
+    return torch.equal(run(without), run(given))
+
+
+def _record(model: nn.Module, features: Batch, run: Callable[[Batch], Any]) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {}
 
     def watch(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-            verdicts[path] = verdicts.get(path, True) and _has_rows(given) and _has_rows(output)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
+            given = {key: v for key, v in (*enumerate(args), *kwargs.items()) if isinstance(v, torch.Tensor)}
+            copy = answer.clone() if isinstance(answer, torch.Tensor) else answer
+            calls.setdefault(path, []).append(_Call(given, copy))
 
         return hook
 
     hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in model.named_modules()]
     try:
         with torch.inference_mode():
-            model(**{name: torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=device) for name in features})
+            run(features)
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(path for path, rowwise in verdicts.items() if rowwise)
+    return calls
 
 
-def padding_error(model: nn.Module, vocab_size: int, pad_token_id: int, device: torch.device) -> float:
-    """Largest difference of any logit between rows alone and padded in one batch, relative to the largest logit."""
-    lengths = (4, 7, 11)
-    rows = [_tokens(length, vocab_size, pad_token_id, device) for length in lengths]
-    ids = torch.full((len(rows), max(lengths)), pad_token_id, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)], mask[index, : len(row)] = row, 1
-    with torch.inference_mode():
-        alone = torch.cat([model(input_ids=row[None]).logits for row in rows]).float()
-        together = model(input_ids=ids, attention_mask=mask).logits.float()
-    return float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+def _row_arguments(few: _Call, more: _Call, other: _Call) -> RowArguments | None:
+    if not (_grows(few.answer, more.answer) and _keeps_rows_apart(few.answer, other.answer)):
+        return None
+    growing = {key for key, value in few.given.items() if key in more.given and _grows(value, more.given[key])}
+    first = next(iter(few.given), None)
+    if first not in growing or not _keeps_rows_apart(few.given[first], other.given[first]):
+        return None
+    return RowArguments(
+        frozenset(key for key in growing if isinstance(key, int)),
+        frozenset(key for key in growing if isinstance(key, str)),
+    )
 
 
-def zeros_are_default(model: nn.Module, feature: str, vocab_size: int, pad_token_id: int, device: torch.device) -> bool:
-    """Whether ``feature`` given as zeros changes nothing."""
-    ids = _tokens(_TOKENS, vocab_size, pad_token_id, device)[None]
-    with torch.inference_mode():
-        without = model(input_ids=ids).logits
-        zeros = model(input_ids=ids, **{feature: torch.zeros_like(ids)}).logits
-    return torch.equal(without, zeros)
+def _grows(few: Any, more: Any) -> bool:
+    """Whether a leading dimension is a fixed number of entries for each row."""
+    if not (isinstance(few, torch.Tensor) and isinstance(more, torch.Tensor)) or few.dim() < 2:
+        return False
+    return few.shape[0] % _FEW == 0 and few.shape[0] // _FEW * _MORE == more.shape[0]
 
 
-def _tokens(length: int, vocab_size: int, pad_token_id: int, device: torch.device) -> torch.Tensor:
-    """Token ids all over the vocabulary, none of them padding."""
-    ids = (torch.arange(1, length + 1, device=device) * 7919) % vocab_size
-    return torch.where(ids == pad_token_id, (ids + 1) % vocab_size, ids)
-
-
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == _ROWS
+def _keeps_rows_apart(few: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether changing one row changed nothing but that row's entries."""
+    if few.shape != other.shape:
+        return False
+    per_row = few.shape[0] // _FEW
+    untouched = [index for index in range(few.shape[0]) if index // per_row != _CHANGED]
+    return torch.allclose(few[untouched].float(), other[untouched].float(), rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -14,10 +14,12 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_router.adapters.validate import AdapterTensors, validate
+from adapter_router.adapters.convert import Converted, convert
+from adapter_router.adapters.validate import AdapterTensors, Bases, Request, validate
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.engine.base_model import BaseModel
-from adapter_router.engine.resident import LoraFactors, ResidentAdapter, device_bytes
+from adapter_router.engine.placing import device_bytes, place
+from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.engine.slots import SlotTable
 from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable, InternalError
 from adapter_router.metrics import EngineMetrics
@@ -35,12 +37,22 @@ class _Ticket:
     resident: ResidentAdapter | None = None
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a load made of the files; ``num_bytes`` on the device."""
+
+    tensors: AdapterTensors
+    converted: Converted
+    num_bytes: int
+
+
 class Residency:
     """Which adapters are on the device, by digest. Thread-safe."""
 
     def __init__(self, base: BaseModel, budget_bytes: int, metrics: EngineMetrics) -> None:
         self.load_s = 0.05  # running mean; a guess until the first load
         self._base = base
+        self._bases = Bases(base.tasks, lambda task: base.task(task).spec)
         self._metrics = metrics
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
@@ -49,13 +61,13 @@ class Residency:
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
-    def register(self, stored: StoredAdapter, labels: tuple[str, ...] | None) -> AdapterTensors:
+    def register(self, stored: StoredAdapter, request: Request) -> Loaded:
         """Validate ``stored`` against the base and install it; blocks the caller, not the forward.
 
         Raises AdapterRejected with every problem; nothing is installed then.
         """
         try:
-            return self._loader.submit(self._load, stored, labels).result()
+            return self._loader.submit(self._load, stored, request).result()
         except (CancelledError, RuntimeError) as error:
             raise AdapterUnavailable("the engine is closing") from error
 
@@ -123,24 +135,26 @@ class Residency:
         if version.digest not in self._loading:
             stored = StoredAdapter(version.digest, Path(version.directory))
             try:
-                self._loading[version.digest] = self._loader.submit(self._load_cold, stored)
+                self._loading[version.digest] = self._loader.submit(self._load_cold, stored, version)
             except RuntimeError as error:  # the executor has been shut down
                 raise AdapterUnavailable("the engine is closing") from error
         return self._loading[version.digest]
 
-    def _load_cold(self, stored: StoredAdapter) -> None:
+    def _load_cold(self, stored: StoredAdapter, version: AdapterVersion) -> None:
         try:
             if stored.digest not in self._resident:
-                self._load(stored, None)
+                self._load(stored, Request(version.task))
         finally:
             with self._changed:
                 self._loading.pop(stored.digest, None)
 
-    def _load(self, stored: StoredAdapter, labels: tuple[str, ...] | None) -> AdapterTensors:
+    def _load(self, stored: StoredAdapter, request: Request) -> Loaded:
         start = time.perf_counter()
         try:
-            tensors = validate(stored.read(), self._base.spec, labels)
-            self._install(stored.digest, tensors)
+            tensors = validate(stored.read(), self._bases, request)
+            converted = convert(tensors, self._base.task(tensors.task).weights)
+            loaded = Loaded(tensors, converted, device_bytes(converted.delta, self._base.dtype))
+            self._install(stored.digest, loaded)
         except AdapterRouterError as error:
             self._metrics.load_failed(error)
             raise
@@ -152,10 +166,10 @@ class Residency:
         seconds = time.perf_counter() - start
         self.load_s += _SMOOTHING * (seconds - self.load_s)
         self._metrics.loaded(seconds)
-        return tensors
+        return loaded
 
-    def _install(self, digest: str, tensors: AdapterTensors) -> None:
-        num_bytes = device_bytes(tensors, self._base.dtype)
+    def _install(self, digest: str, loaded: Loaded) -> None:
+        num_bytes = loaded.num_bytes
         if num_bytes > self._slots.budget_bytes:
             raise AdapterRejected.because(
                 [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]
@@ -166,7 +180,7 @@ class Residency:
             self._make_room(num_bytes)
             self._slots.add(digest, num_bytes)
         try:
-            resident = self._place(digest, tensors, num_bytes)
+            resident = place(digest, loaded.tensors, loaded.converted.delta, num_bytes, self._base)
         except BaseException:
             with self._changed:
                 self._slots.remove(digest)
@@ -189,14 +203,3 @@ class Residency:
         del self._resident[digest]
         self._slots.remove(digest)
         self._metrics.resident(self._slots.used_bytes, len(self._resident))
-
-    def _place(self, digest: str, tensors: AdapterTensors, num_bytes: int) -> ResidentAdapter:
-        lora = {path: LoraFactors.of(pair, self._base.device) for path, pair in tensors.pairs.items()}
-        heads = {
-            path: self._base.build_head(path, parameters, tensors.num_labels)
-            for path, parameters in tensors.saved.items()
-        }
-        for path in heads:
-            self._base.group_module(path)
-        max_rank = max((factors.rank for factors in lora.values()), default=0)
-        return ResidentAdapter(digest, lora, heads, tensors.num_labels, num_bytes, max_rank)

@@ -2,47 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from adapter_router.adapters.validate import AdapterTensors, LoraPair
+from adapter_router.adapters.delta import ModuleDelta, ParameterDelta
+from adapter_router.types import TaskKind
+
+Head = Callable[..., Any]
+"""What runs in a base module's place for one adapter's rows."""
 
 
 @dataclass(frozen=True)
-class LoraFactors:
-    """Device form of a LoraPair: ``a`` (in, rank), ``b`` (rank, out) with the scaling folded in; contiguous float32."""
+class DeviceDelta:
+    """Device form of a ``ModuleDelta``, float32.
 
-    a: torch.Tensor
-    b: torch.Tensor
+    ``a`` (in, rank) and ``b`` (rank, out) of a linear layer, contiguous; of an embedding ``a`` (vocabulary, rank); of a
+    convolution its two kernels. ``dense`` (in, out). ``scaling`` is 1 where it has been folded into ``b``.
+    """
+
+    rank: int = 0
+    scaling: float = 1.0
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    token_rows: torch.Tensor | None = None
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[1]
+    def is_plain(self) -> bool:
+        """Whether it is low-rank and nothing else."""
+        rest = (self.dense, self.gain, self.shift, self.input_scale, self.token_ids)
+        return all(tensor is None for tensor in rest)
 
     @classmethod
-    def of(cls, pair: LoraPair, device: torch.device) -> LoraFactors:
-        a = pair.a.to(device, torch.float32).t().contiguous()
-        b = pair.b.to(device, torch.float32).t() * pair.scaling
-        return cls(a, b.contiguous())
+    def of(cls, delta: ModuleDelta, device: torch.device, *, transposed: bool, folded: bool) -> DeviceDelta:
+        """``transposed``: factors of a linear layer; ``folded``: the scaling goes into ``b``."""
+
+        def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, torch.float32).contiguous()
+
+        def turned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return place(tensor.to(device).t() if transposed and tensor is not None else tensor)
+
+        b = turned(delta.b)
+        scaling = 1.0 if folded or delta.b is None else delta.scaling
+        if folded and b is not None:
+            b = b * delta.scaling
+        return cls(
+            rank=delta.rank,
+            scaling=scaling,
+            a=turned(delta.a),
+            b=b,
+            dense=None if delta.dense is None else place(delta.dense.t()),
+            gain=place(delta.gain),
+            shift=place(delta.shift),
+            input_scale=place(delta.input_scale),
+            token_ids=None if delta.token_ids is None else delta.token_ids.to(device),
+            token_rows=place(delta.token_rows),
+        )
+
+
+class ChangedModule:
+    """The base's own module with some parameters changed, for kinds of modules that no formula of ours covers.
+
+    The changed parameters exist only while it runs.
+    """
+
+    def __init__(self, module: nn.Module, deltas: Mapping[str, ParameterDelta]) -> None:
+        """``deltas`` by the parameters' names inside ``module``, on its device."""
+        self._module = module
+        self._deltas = deltas
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parameters = dict(self._module.named_parameters())
+        changed = {
+            name: (parameters[name].float() + delta.dense()).to(parameters[name].dtype)
+            for name, delta in self._deltas.items()
+        }
+        result: Any = functional_call(self._module, changed, args, kwargs)
+        return result
 
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """``lora`` and ``heads`` by the path of the base module they act on; a head is a whole module of this adapter."""
+    """``deltas`` and ``heads`` by the path of the base module they act on; a head runs in the module's place.
+
+    ``solo``: it acts where rows cannot be told apart, so that its rows run in a batch of their own.
+    ``caches``: a head of it writes to the KV cache. ``invocation``: tokens from which on it is active.
+    """
 
     digest: str
-    lora: Mapping[str, LoraFactors]
-    heads: Mapping[str, nn.Module]
+    task: TaskKind
+    deltas: Mapping[str, DeviceDelta]
+    heads: Mapping[str, Head]
     num_labels: int
     num_bytes: int
     max_rank: int
-
-
-def device_bytes(tensors: AdapterTensors, head_dtype: torch.dtype) -> int:
-    """Bytes the adapter will hold on the device."""
-    lora = sum((pair.a.numel() + pair.b.numel()) * 4 for pair in tensors.pairs.values())
-    heads = sum(t.numel() for module in tensors.saved.values() for t in module.values())
-    return lora + heads * head_dtype.itemsize
+    solo: bool = False
+    caches: bool = False
+    invocation: tuple[int, ...] = ()

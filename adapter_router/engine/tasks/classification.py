@@ -1,19 +1,16 @@
-"""Task kinds: which transformers head serves them, and how one row's logits become its answer."""
+"""Logits -> scores, and the answer of text- and image-classification."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification
 
-from adapter_router.types import Activation, Array, Classification, TaskKind
-
-AUTO_CLASSES: dict[TaskKind, type] = {"text-classification": AutoModelForSequenceClassification}
+from adapter_router.types import Activation, Array, Classification
 
 
 def classify(logits: Array, labels: Sequence[str], activation: Activation) -> Classification:
-    """Answer of ``text-classification`` for ``logits`` of shape (labels,)."""
+    """Answer for ``logits`` of shape (labels,)."""
     probs = activate(logits, activation)
     best = int(np.argmax(probs))
     return {
@@ -25,11 +22,11 @@ def classify(logits: Array, labels: Sequence[str], activation: Activation) -> Cl
 
 
 def activate(logits: Array, activation: Activation) -> Array:
-    """Scores of ``logits`` in float64: softmax over labels, a sigmoid each, or the logits themselves."""
+    """Scores of ``logits`` (…, labels) in float64: softmax over labels, a sigmoid each, or the logits themselves."""
     wide = logits.astype(np.float64)
     if activation == "softmax":
-        exponentials = np.exp(wide - wide.max())
-        softmax: Array = exponentials / exponentials.sum()
+        exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        softmax: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
         return softmax
     if activation == "sigmoid":
         sigmoid: Array = 0.5 * (1.0 + np.tanh(0.5 * wide))

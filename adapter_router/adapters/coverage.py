@@ -1,0 +1,379 @@
+"""Whether an adapter's tensors and its configuration cover each other, and fit the base.
+
+Findings gather in ``problems``; what passed is left in the base's own paths.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapter_router.adapters.adapter_config import IMPLIED_SAVED, AdapterConfig
+from adapter_router.adapters.base_spec import BaseSpec, Shape
+from adapter_router.adapters.keys import SortedTensors, Tensors, listed
+from adapter_router.adapters.naming import Naming
+from adapter_router.adapters.tuners.tuner import Target, Tuner
+
+Roles = dict[str, torch.Tensor]
+_IMPLIED = {name for names in IMPLIED_SAVED.values() for name in names}
+_MAX_INVOCATION = 1000
+
+
+@dataclass(frozen=True)
+class Expert:
+    """LoRA of one parameter, ``stacked`` for ``count`` experts or a plain matrix; ``transposed``: stored as (in, out).
+
+    A (experts x rank, in), B (out, rank x experts).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    count: int
+    stacked: bool
+    transposed: bool
+
+
+class Coverage:
+    """One pass over one adapter."""
+
+    def __init__(
+        self, config: AdapterConfig, method: Tuner, base: BaseSpec, naming: Naming, problems: list[str]
+    ) -> None:
+        self._config = config
+        self._method = method
+        self._base = base
+        self._naming = naming
+        self._problems = problems
+        self.warnings: list[str] = []
+        self.targets: dict[Target, Roles] = {}
+        self.experts: dict[str, Expert] = {}
+        self.tokens: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
+        self.biases: Tensors = {}
+        self.saved: dict[str, Tensors] = {}
+        self.replaced: Tensors = {}
+        self.copies: Tensors = {}
+        self.num_labels = 0
+        self.has_own_head = False
+
+    def run(self, found: SortedTensors, initial: SortedTensors | None) -> None:
+        """Check everything; see the attributes for what was found good."""
+        foreign = found.unknown + self._foreign(found)
+        if foreign:
+            self._problems.append(f"{len(foreign)} tensors have no place in this base: {listed(foreign)}")
+        if found.repeated:
+            self._problems.append(f"tensors that contradict each other: {listed(found.repeated)}")
+        roles = {path: r for name, r in found.targets.items() if (path := self._naming.actual(name)) is not None}
+        before = _by_path(initial.targets, self._naming) if initial else None
+        self._check_declared(set(roles))
+        for path, present in roles.items():
+            if path in self._base.targets and self._base.targets[path].kind in self._method.kinds:
+                self._check_target(path, present, before)
+        if set(self._method.shared) - set(found.shared):
+            self._problems.append(f"tensors are missing: {listed(sorted(set(self._method.shared) - set(found.shared)))}")
+        self._check_experts(found)
+        self._check_tokens(found.tokens)
+        self._check_invocation()
+        self._check_copies(found)
+        saved = self._sort_named(found)
+        self._check_saved(saved)
+        self._check_called()
+        if not (roles or saved or self.experts or self.tokens or self.biases or self.replaced):
+            self._problems.append("the adapter has no tensor for this base")
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def _foreign(self, found: SortedTensors) -> list[str]:
+        """Names of modules that this base does not have."""
+        groups: Iterable[Iterable[str]] = (found.targets, found.expert_layers, found.tokens, found.biases)
+        return sorted(name for group in groups for name in group if self._naming.actual(name) is None)
+
+    def _parameter(self, name: str) -> str | None:
+        """The base's name of the parameter that the file calls ``name``."""
+        owner, _, leaf = name.rpartition(".")
+        path = self._naming.actual(owner) if owner else ""
+        full = f"{path}.{leaf}" if path else leaf
+        return full if path is not None and full in self._base.parameters else None
+
+    # -- targets -------------------------------------------------------------------------------------------------
+
+    def _declared(self) -> set[str]:
+        """Modules that PEFT would put the method on."""
+        return {
+            path
+            for path, spec in self._base.targets.items()
+            if spec.kind in self._method.kinds and self._config.targets(self._naming.spelled(path))
+        }
+
+    def _check_declared(self, present: set[str]) -> None:
+        if self._config.matcher.problems:
+            return  # what the patterns mean is not known
+        declared = self._declared()
+        if self._method.kinds and not (declared or present or self._config.document.get("target_parameters")):
+            self._problems.append("target_modules names no module of this base")
+        missing = sorted(declared - present)
+        if missing:
+            self._problems.append(f"{len(missing)} target modules have no tensors: {listed(missing)}")
+        tied = set(self._base.tied_heads) if self._config.document.get("ensure_weight_tying") else set()
+        extra = present - declared - tied
+        able = {path for path in extra if path in self._base.targets}
+        if able:
+            self._problems.append(f"tensors on modules that target_modules does not name: {listed(sorted(able))}")
+        if extra - able:
+            self._problems.append(f"modules that {self._config.peft_type} cannot act on: {listed(sorted(extra - able))}")
+
+    def _check_target(self, path: str, present: Roles, before: Mapping[str, Roles] | None) -> None:
+        spelled = self._naming.spelled(path)
+        target = Target(spelled, path, self._base.targets[path], self._config)
+        if before is not None:
+            first = before.get(path, {})
+            present = {**present, **{f"{role}0": first[role] for role in ("a", "b") if role in first}}
+        shapes = {role: tuple(tensor.shape) for role, tensor in present.items()}
+        expected = self._method.shapes(target, shapes)
+        wanted = set(expected) | ({"a0", "b0"} if before is not None else set())
+        if absent := sorted(wanted - set(shapes)):
+            self._problems.append(f"{path} lacks {self._suffixes(absent)}")
+        if surplus := sorted(set(shapes) - wanted):
+            self._problems.append(f"{path} has {self._suffixes(surplus)}, which its configuration does not call for")
+        for role in sorted(wanted & set(shapes) & set(expected)):
+            if shapes[role] != tuple(expected[role]) and not self._config.matcher.problems:
+                self._misshaped(f"{path}.{self._suffixes([role])}", shapes[role], expected[role])
+        overlaps = self._config.overlapping_patterns(spelled)
+        if overlaps:
+            self.warnings.append(f"{path}: patterns {overlaps} also match; the first in the file was taken, as in PEFT")
+        self.targets[target] = present
+
+    def _suffixes(self, roles: Iterable[str]) -> str:
+        """Roles as the file spells them."""
+        spelled = {role: suffix for suffix, role in reversed(self._method.roles.items())}
+        return "/".join(spelled.get(role, role) for role in roles)
+
+    # -- experts -------------------------------------------------------------------------------------------------
+
+    def _check_experts(self, found: SortedTensors) -> None:
+        """``target_parameters``: PEFT nests one layer a parameter, the first parameter innermost."""
+        names = self._config.document.get("target_parameters") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            self._problems.append("target_parameters must be a list of names")
+            return
+        owners: dict[str, list[str]] = defaultdict(list)
+        for parameter in self._base.parameters:
+            owner, _, leaf = parameter.rpartition(".")
+            spelled = f"{self._naming.spelled(owner)}.{leaf}"
+            if any(spelled == name or spelled.endswith("." + name) for name in names):
+                owners[owner].append(leaf)
+        layers = {path: nested for name, nested in found.expert_layers.items() if (path := self._naming.actual(name))}
+        if absent := sorted(set(owners) - set(layers)):
+            self._problems.append(f"target_parameters of these modules have no tensors: {listed(absent)}")
+        if surplus := sorted(set(layers) - set(owners)):
+            self._problems.append(f"tensors on modules that target_parameters does not name: {listed(surplus)}")
+        unmatched = [n for n in names if not any(_tail(f"{o}.{leaf}", n) for o, ls in owners.items() for leaf in ls)]
+        if unmatched:
+            self._problems.append(f"target_parameters names {listed(unmatched)}, which this base does not have")
+        for owner in sorted(set(owners) & set(layers)):
+            leaves = owners[owner]
+            for depth in set(range(len(leaves))) | set(layers[owner]):
+                leaf = leaves[len(leaves) - 1 - depth] if depth < len(leaves) else ""
+                self._check_expert(owner, leaf, layers[owner].get(depth, {}))
+
+    def _check_expert(self, owner: str, leaf: str, roles: Roles) -> None:
+        parameter = f"{owner}.{leaf}"
+        if not leaf or set(roles) != {"a", "b"}:
+            self._problems.append(f"{owner} has {'/'.join(sorted(roles)) or 'no tensors'} for its parameter {leaf!r}")
+            return
+        shape = self._base.parameters[parameter]
+        if len(shape) not in (2, 3):
+            self._problems.append(f"{parameter} has {len(shape)} dimensions, LoRA acts on 2 or 3")
+            return
+        spelled = f"{self._naming.spelled(owner)}.{leaf}"
+        rank = self._config.rank_of(spelled)
+        experts = shape[0] if len(shape) == 3 else 1
+        transposed = len(shape) == 3 and owner in self._base.transposed_experts
+        rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+        for role, expected in (("a", (rank * experts, columns)), ("b", (rows, rank * experts))):
+            if tuple(roles[role].shape) != expected:
+                self._misshaped(f"{parameter}.{role}", tuple(roles[role].shape), expected)
+        scaling = self._config.scaling_of(spelled, rank)
+        self.experts[parameter] = Expert(roles["a"], roles["b"], scaling, experts, len(shape) == 3, transposed)
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, tokens: Tensors) -> None:
+        indices = self._config.document.get("trainable_token_indices") or self._config.document.get("token_indices")
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name in tokens:
+            path = self._naming.actual(name)
+            if path is not None:
+                wanted[path] = self._token_ids(indices, name)
+        if bool(indices) != bool(tokens):
+            self._problems.append("trainable token indices and trainable token rows must come together")
+        if isinstance(indices, dict) and len(wanted) < len(indices):
+            self._problems.append(f"trainable tokens are declared for {listed(map(str, indices))}, rows are there for less")
+        for name, rows in tokens.items():
+            path = self._naming.actual(name)
+            if path is None:
+                continue
+            self._check_token_rows(path, wanted[path], rows)
+        if self._base.embedding in self.tokens:
+            for head in self._base.tied_heads:
+                self.tokens.setdefault(head, self.tokens[self._base.embedding])
+
+    def _token_ids(self, indices: Any, name: str) -> tuple[int, ...]:
+        if isinstance(indices, dict):
+            indices = next((ids for key, ids in indices.items() if _tail(name, str(key))), [])
+        good = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+        return tuple(indices) if good else ()
+
+    def _check_token_rows(self, path: str, ids: tuple[int, ...], rows: torch.Tensor) -> None:
+        shape = self._base.parameters.get(f"{path}.weight", ())
+        if len(shape) != 2 or path not in self._base.targets:
+            self._problems.append(f"{path} is no embedding whose rows could be replaced")
+        elif len(set(ids)) != len(ids) or not all(0 <= index < shape[0] for index in ids):
+            self._problems.append(f"{path}: token indices must be different and lie in 0 to {shape[0] - 1}")
+        elif tuple(rows.shape) != (len(ids), shape[1]):
+            self._misshaped(f"{path}.trainable_tokens_delta", tuple(rows.shape), (len(ids), shape[1]))
+        else:
+            self.tokens[path] = (ids, rows)
+        if any(target.base_path == path for target in self.targets):
+            self._problems.append(f"{path} has both replaced rows and {self._config.peft_type}; PEFT has no rule for it")
+
+    def _check_invocation(self) -> None:
+        tokens = self._config.document.get("alora_invocation_tokens")
+        if not tokens:
+            return
+        good = isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
+        if not good or len(tokens) > _MAX_INVOCATION:
+            self._problems.append(f"alora_invocation_tokens must be a list of at most {_MAX_INVOCATION} token ids")
+        if self._base.task != "text-generation":
+            self._problems.append(f"alora_invocation_tokens belong to causal language models, the task is {self._base.task}")
+        if self._config.document.get("use_dora") or any(t.spec.kind != "linear" for t in self.targets):
+            self._problems.append("alora_invocation_tokens act on linear layers without use_dora only")
+
+    # -- whole parameters ----------------------------------------------------------------------------------------
+
+    def _check_copies(self, found: SortedTensors) -> None:
+        for name, tensor in found.copies.items():
+            parameter = self._parameter(name)
+            if parameter is None:
+                self._problems.append(f"a copy of {name}, which this base does not have")
+            elif tuple(tensor.shape) != self._base.parameters[parameter]:
+                self._misshaped(name, tuple(tensor.shape), self._base.parameters[parameter])
+            else:
+                self.copies[parameter] = tensor
+
+    def _sort_named(self, found: SortedTensors) -> Tensors:
+        """Parameters of saved modules; biases and the like go where they belong."""
+        saved: Tensors = {}
+        for name, tensor in found.biases.items():
+            if (parameter := self._parameter(f"{name}.bias")) is not None:
+                self._add_bias(parameter, tensor)
+            elif self._naming.actual(name) is not None:
+                self._problems.append(f"{name} has no bias in this base")
+        unknown = []
+        for name, tensor in found.named.items():
+            parameter = self._parameter(name)
+            if parameter is not None and self._saved_root(parameter):
+                saved[parameter] = tensor
+            elif parameter is not None and self._config.bias == "all" and "bias" in name:
+                self._add_bias(parameter, tensor)
+            else:
+                unknown.append(name)
+        if unknown:
+            self._problems.append(f"{len(unknown)} tensors that nothing declares: {listed(unknown)}")
+        return saved
+
+    def _add_bias(self, parameter: str, tensor: torch.Tensor) -> None:
+        owner, _, leaf = parameter.rpartition(".")
+        expected = self._base.parameters[parameter]
+        if tuple(tensor.shape) != expected:
+            self._misshaped(parameter, tuple(tensor.shape), expected)
+        elif leaf == "bias" and owner in self._base.shiftable:
+            self.biases[owner] = tensor
+        else:
+            self.replaced[parameter] = tensor
+
+    def _saves(self, path: str) -> bool:
+        spelled = self._naming.spelled(path)
+        if self._config.peft_type == "LN_TUNING" and self._config.targets(spelled):
+            return True
+        return self._config.saves(spelled)
+
+    def _saved_root(self, parameter: str) -> str | None:
+        """Path of the outermost saved module that holds ``parameter``."""
+        parts = parameter.split(".")
+        paths = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return next((path for path in paths if self._saves(path)), None)
+
+    def _check_saved(self, saved: Tensors) -> None:
+        self._check_saved_names()
+        self._tie_heads(saved)
+        roots = {root for name in self._base.parameters if (root := self._saved_root(name))}
+        roots |= {name.rpartition(".")[0] for name in saved if self._saved_root(name) is None}
+        self.num_labels = self._count_labels(saved)
+        self.has_own_head = any(name in self._base.label_axes for name in saved)
+        for root in sorted(roots):
+            expected = self._base.parameters_of(root)
+            missing = sorted(expected.keys() - saved.keys())
+            if missing:
+                self._problems.append(f"saved module {root} lacks {listed(missing)}")
+            self.saved[root] = {}
+            for name in expected.keys() & saved.keys():
+                shape = self._base.shape_with_labels(name, self.num_labels)
+                if tuple(saved[name].shape) != shape:
+                    self._misshaped(name, tuple(saved[name].shape), shape)
+                self.saved[root][name.removeprefix(root + ".")] = saved[name]
+        random = sorted(self._base.untrained - saved.keys())
+        if random:
+            self._problems.append(
+                f"neither the base nor the adapter holds {listed(random)}; "
+                "add the module to modules_to_save and train it"
+            )
+
+    def _tie_heads(self, saved: Tensors) -> None:
+        """PEFT's ``ensure_weight_tying``: a saved embedding is the output layer's weight, too, unless that has its own."""
+        weight = saved.get(f"{self._base.embedding}.weight")
+        if weight is None or not self._config.document.get("ensure_weight_tying"):
+            return
+        for head in self._base.tied_heads:
+            saved.setdefault(f"{head}.weight", weight)
+
+    def _check_saved_names(self) -> None:
+        paths = [self._naming.spelled(path) for path in self._base.modules]
+        for name in self._config.modules_to_save:
+            if name not in _IMPLIED and not any(path.endswith(name) for path in paths):
+                self._problems.append(f"modules_to_save names {name!r}, which this base does not have")
+
+    def _count_labels(self, saved: Tensors) -> int:
+        counts = {
+            name: saved[name].shape[axis]
+            for name, axis in self._base.label_axes.items()
+            if name in saved and saved[name].dim() > axis
+        }
+        if 0 in counts.values():
+            self._problems.append(f"the head has no labels: {[name for name, count in counts.items() if not count]}")
+        if len(set(counts.values())) > 1:
+            self._problems.append(f"the head's tensors disagree on the number of labels: {counts}")
+        return next(iter(counts.values()), self._base.num_labels)
+
+    def _check_called(self) -> None:
+        """A module that the forward pass never calls cannot be changed by changing what it answers."""
+        owners = {parameter.rpartition(".")[0] for parameter in (*self.experts, *self.replaced)}
+        touched = {t.base_path for t in self.targets} | owners | set(self.tokens) | set(self.biases) | set(self.saved)
+        idle = sorted(path for path in touched if path not in self._base.called)
+        if idle:
+            self._problems.append(f"this base uses these modules' weights without calling them: {listed(idle)}")
+
+    def _misshaped(self, name: str, actual: Shape, expected: Shape) -> None:
+        self._problems.append(f"{name} has shape {list(actual)}, this base and config need {list(expected)}")
+
+
+def _tail(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _by_path(targets: Mapping[str, Roles], naming: Naming) -> dict[str, Roles]:
+    return {path: roles for name, roles in targets.items() if (path := naming.actual(name)) is not None}

@@ -1,0 +1,178 @@
+"""How each kind of module applies the deltas of a sorted batch. Formulas: ``adapters/delta.py``.
+
+Everything is computed in float32 and rounded to the base's dtype once, as PEFT does for a single adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from adapter_router.engine.kernels import LoraSegment, Scratch, add_lora
+from adapter_router.engine.plan import BatchPlan
+from adapter_router.engine.resident import DeviceDelta
+
+Deltas = Sequence[DeviceDelta | None]
+Change = Callable[
+    [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], Deltas, BatchPlan, Scratch], torch.Tensor
+]
+_NONE = torch.empty(0)
+
+
+def change_for(module: nn.Module) -> Change:
+    """How modules of this kind are changed: all others can only be shifted, as norms are by their bias."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return change_linear
+    if isinstance(module, nn.Embedding):
+        return _EmbeddingChange(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _ConvChange(module)
+    return _change_other
+
+
+def change_linear(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    deltas: Deltas,
+    plan: BatchPlan,
+    scratch: Scratch,
+) -> torch.Tensor:
+    """(rows x anything, …, in) -> (rows x anything, …, out)."""
+    x = args[0] if args else kwargs["input"]
+    if any(d is not None and d.input_scale is not None for d in deltas):
+        x = _scaled_inputs(x, deltas, plan)
+    base: torch.Tensor = run(x)
+    y = base.float().contiguous()
+    wide = x.float()
+    # One block of entries a row, whatever the layer was given.
+    y_rows, x_rows = y.view(plan.num_rows, -1, y.shape[-1]), wide.reshape(plan.num_rows, -1, x.shape[-1])
+    mask = plan.token_mask(x_rows.shape[1], x.device)
+    add_lora(y_rows, x_rows if mask is None else x_rows * mask, list(_segments(deltas, plan)), scratch)
+    for segment, delta in zip(plan.segments, deltas, strict=True):
+        if delta is not None and not delta.is_plain:
+            _finish_linear(y_rows[segment.start : segment.stop], x_rows[segment.start : segment.stop], delta)
+    return y.to(base.dtype)
+
+
+def _segments(deltas: Deltas, plan: BatchPlan) -> Iterator[LoraSegment]:
+    for segment, delta in zip(plan.segments, deltas, strict=True):
+        count = segment.stop - segment.start
+        if delta is None or delta.a is None or delta.b is None:
+            yield LoraSegment(count, 0, 1.0, _NONE, _NONE)
+        else:
+            yield LoraSegment(count, delta.rank, delta.scaling, delta.a, delta.b)
+
+
+def _scaled_inputs(x: torch.Tensor, deltas: Deltas, plan: BatchPlan) -> torch.Tensor:
+    scaled = x.clone()
+    rows = scaled.view(plan.num_rows, -1, x.shape[-1])
+    for segment, delta in zip(plan.segments, deltas, strict=True):
+        if delta is not None and delta.input_scale is not None:
+            rows[segment.start : segment.stop] *= delta.input_scale.to(x.dtype)
+    return scaled
+
+
+def _finish_linear(y: torch.Tensor, x: torch.Tensor, delta: DeviceDelta) -> None:
+    if delta.dense is not None:
+        y += x @ delta.dense
+    _gain_and_shift(y, delta)
+    if delta.token_ids is not None and delta.token_rows is not None:
+        y[..., delta.token_ids] = x @ delta.token_rows.t()
+
+
+def _gain_and_shift(y: torch.Tensor, delta: DeviceDelta) -> None:
+    if delta.gain is not None:
+        y *= delta.gain
+    if delta.shift is not None:
+        y += delta.shift
+
+
+def _change_other(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    deltas: Deltas,
+    plan: BatchPlan,
+    scratch: Scratch,
+) -> torch.Tensor:
+    base: torch.Tensor = run(*args, **kwargs)
+    y = base.float().clone(memory_format=torch.contiguous_format)
+    rows = y.view(plan.num_rows, -1, y.shape[-1])
+    for segment, delta in zip(plan.segments, deltas, strict=True):
+        if delta is not None:
+            _gain_and_shift(rows[segment.start : segment.stop], delta)
+    return y.to(base.dtype)
+
+
+class _EmbeddingChange:
+    """Replaced rows, LoRA and DoRA of an embedding table."""
+
+    def __init__(self, module: nn.Embedding) -> None:
+        # Some models scale what their table gives (Gemma): a replaced or added row is scaled with it.
+        self._scale = float(getattr(module, "embed_scale", 1.0))
+
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        deltas: Deltas,
+        plan: BatchPlan,
+        scratch: Scratch,
+    ) -> torch.Tensor:
+        ids: torch.Tensor = args[0] if args else kwargs["input"]
+        base: torch.Tensor = run(*args, **kwargs)
+        y = base.float().clone(memory_format=torch.contiguous_format)
+        y_rows, id_rows = y.view(plan.num_rows, -1, y.shape[-1]), ids.reshape(plan.num_rows, -1)
+        for segment, delta in zip(plan.segments, deltas, strict=True):
+            if delta is not None:
+                self._apply(y_rows[segment.start : segment.stop], id_rows[segment.start : segment.stop], delta)
+        return y.to(base.dtype)
+
+    def _apply(self, y: torch.Tensor, ids: torch.Tensor, delta: DeviceDelta) -> None:
+        if delta.token_ids is not None and delta.token_rows is not None:
+            hits = ids.unsqueeze(-1) == delta.token_ids
+            y[hits.any(-1)] = delta.token_rows[hits.nonzero()[:, -1]] * self._scale
+        if delta.a is not None and delta.b is not None:
+            y += functional.embedding(ids, delta.a) @ delta.b * (delta.scaling * self._scale)
+        _gain_and_shift(y, delta)
+
+
+class _ConvChange:
+    """A convolution's LoRA is two convolutions: one like the base's to few channels, a pointwise one back."""
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        self._module = module
+        self._convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[len(module.kernel_size)]
+
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        deltas: Deltas,
+        plan: BatchPlan,
+        scratch: Scratch,
+    ) -> torch.Tensor:
+        x: torch.Tensor = args[0] if args else kwargs["input"]
+        base: torch.Tensor = run(*args, **kwargs)
+        y = base.float().clone(memory_format=torch.contiguous_format)
+        per_row = x.shape[0] // plan.num_rows
+        for segment, delta in zip(plan.segments, deltas, strict=True):
+            if delta is not None:
+                rows = slice(segment.start * per_row, segment.stop * per_row) if len(deltas) > 1 else slice(None)
+                self._apply(y[rows], x[rows].float(), delta)
+        return y.to(base.dtype)
+
+    def _apply(self, y: torch.Tensor, x: torch.Tensor, delta: DeviceDelta) -> None:
+        if delta.a is not None and delta.b is not None:
+            shrunk = self._convolve(x, delta.a, stride=self._module.stride, padding=self._module.padding)
+            y += self._convolve(shrunk, delta.b, groups=self._module.groups) * delta.scaling
+        channels = y.transpose(1, -1)
+        _gain_and_shift(channels, delta)

@@ -1,0 +1,88 @@
+"""A converted adapter -> its form on the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
+from adapter_router.adapters.validate import AdapterTensors
+from adapter_router.engine.base_model import BaseModel, PreparedTask
+from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter
+from adapter_router.errors import AdapterRejected
+
+
+def device_bytes(delta: AdapterDelta, head_dtype: torch.dtype) -> int:
+    """Bytes the adapter will hold on the device."""
+    changes = sum(t.numel() * 4 for module in delta.modules.values() for t in module.tensors().values())
+    heads = sum(t.numel() for module in delta.saved.values() for t in module.values())
+    experts = sum((p.a.numel() + p.b.numel()) * 4 for owner in delta.parameters.values() for p in owner.values())
+    return changes + heads * head_dtype.itemsize + experts
+
+
+def place(digest: str, adapter: AdapterTensors, delta: AdapterDelta, num_bytes: int, base: BaseModel) -> ResidentAdapter:
+    """Copy ``delta`` to the base's device and let the modules it acts on be grouped."""
+    prepared = base.task(adapter.task)
+    heads = _heads(adapter, delta, base, prepared)
+    attention = {path for path in delta.modules if _kind(prepared, path) == "attention"}
+    deltas = {
+        path: DeviceDelta.of(
+            module,
+            base.device,
+            transposed=_kind(prepared, path) in ("linear", "embedding"),
+            folded=base.dtype == torch.float32,
+        )
+        for path, module in delta.modules.items()
+        if path not in attention
+    }
+    touched = {*deltas, *heads}
+    solo = any(path not in prepared.watched.rows or path == prepared.spec.backbone for path in touched)
+    if solo and adapter.invocation:
+        raise AdapterRejected.because(["alora_invocation_tokens act where this base does not keep rows apart"])
+    for path in touched:
+        base.group(adapter.task, path)
+    return ResidentAdapter(
+        digest=digest,
+        task=adapter.task,
+        deltas={base.plan_path(adapter.task, path): d for path, d in deltas.items()},
+        heads={base.plan_path(adapter.task, path): head for path, head in heads.items()},
+        num_labels=adapter.num_labels,
+        num_bytes=num_bytes,
+        max_rank=max((d.rank for d in deltas.values()), default=0),
+        solo=solo,
+        caches=any(hasattr(m, "layer_idx") for h in heads.values() if isinstance(h, nn.Module) for m in h.modules()),
+        invocation=adapter.invocation,
+    )
+
+
+def _kind(prepared: PreparedTask, path: str) -> str | None:
+    spec = prepared.spec.targets.get(path)
+    return spec.kind if spec else None
+
+
+def _heads(adapter: AdapterTensors, delta: AdapterDelta, base: BaseModel, prepared: PreparedTask) -> dict[str, Head]:
+    model = prepared.model
+    heads: dict[str, Head] = {
+        path: model.build_head(path, parameters, adapter.num_labels) for path, parameters in delta.saved.items()
+    }
+    for path, changes in delta.parameters.items():
+        heads[path] = ChangedModule(model.model.get_submodule(path), _on(changes, base.device))
+    for path, module in delta.modules.items():
+        if _kind(prepared, path) == "attention":
+            heads[path] = ChangedModule(model.model.get_submodule(path), _on(_attention(module), base.device))
+    return heads
+
+
+def _on(changes: dict[str, ParameterDelta], device: torch.device) -> dict[str, ParameterDelta]:
+    return {name: replace(change, a=change.a.to(device), b=change.b.to(device)) for name, change in changes.items()}
+
+
+def _attention(delta: ModuleDelta) -> dict[str, ParameterDelta]:
+    """LoRA of ``nn.MultiheadAttention``: of its joint input projection, and of its output projection."""
+    assert delta.a is not None and delta.b is not None and delta.a2 is not None and delta.b2 is not None
+    return {
+        "in_proj_weight": ParameterDelta(delta.a, delta.b, delta.scaling),
+        "out_proj.weight": ParameterDelta(delta.a2, delta.b2, delta.scaling),
+    }

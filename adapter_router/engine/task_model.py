@@ -1,0 +1,157 @@
+"""The base under one task's head: transformers' own class, whose backbone all tasks share."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from adapter_router.adapters.base_spec import BaseSpec
+from adapter_router.adapters.head_config import ACTIVATIONS, default_activation
+from adapter_router.engine import describe
+from adapter_router.engine.auto_classes import AUTO_CLASSES, CLASSIFIERS
+from adapter_router.engine.probe import WatchedModules
+from adapter_router.types import Activation, TaskKind
+
+_MAX_TEMPLATES = 16
+
+
+class TaskModel:
+    """One task's model. Weights are read-only."""
+
+    def __init__(self, task: TaskKind, source: str, dtype: str, device: torch.device) -> None:
+        """Read the checkpoint ``source`` as the model for ``task``."""
+        self.task = task
+        self._auto_class: Any = AUTO_CLASSES[task]
+        # A question has two answers, start and end, however many labels the checkpoint's own head has.
+        options = {"num_labels": 2} if task == "question-answering" else {}
+        model, info = self._auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        self.untrained: frozenset[str] = frozenset(info["missing_keys"])
+        self.config: PretrainedConfig = self.model.config
+        # A cache would be one for all rows: copies of a saved layer would see each other's keys.
+        caching = "use_cache" in inspect.signature(self.model.forward).parameters
+        self._options = {"return_dict": True, **({"use_cache": False} if caching else {})}
+        # Decoders score a row at its last token that is not padding. One that knows of no padding token is told which
+        # one this batch was padded with, a token that none of its rows has.
+        is_text = self.model.main_input_name == "input_ids"
+        self._finds_padding_by_id = is_text and task == "text-classification" and self.config.pad_token_id is None
+        self._templates: dict[int, PreTrainedModel] = {}
+        self._lock = threading.Lock()
+        backbone = getattr(self.model, self.model.base_model_prefix, None)
+        self.backbone_path = self.model.base_model_prefix if isinstance(backbone, nn.Module) else ""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part below the head; the model itself where it has none."""
+        backbone: nn.Module = self.model.get_submodule(self.backbone_path)
+        return backbone
+
+    def share_backbone(self, backbone: nn.Module) -> bool:
+        """Use ``backbone`` in place of the own one if it is of the same class."""
+        if type(backbone) is not type(self.backbone):
+            return False
+        if self.backbone_path:
+            setattr(self.model, self.backbone_path, backbone)
+        else:
+            self.model = backbone
+        return True
+
+    def run(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Raw output of (rows, …): logits, start and end logits side by side, or the backbone's last hidden state."""
+        if self._finds_padding_by_id:
+            self.config.pad_token_id = _padding_id(features)
+        return self.raw(self.model(**features, **self._options))
+
+    def raw(self, output: Any) -> torch.Tensor:
+        """The task's tensor of a model's output."""
+        if self.task == "question-answering":
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        tensor: torch.Tensor = output.last_hidden_state if self.task == "embedding" else output.logits
+        return tensor
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the base head's own labels; none for tasks without."""
+        if self.task not in CLASSIFIERS:
+            return ()
+        return tuple(self.config.id2label[index] for index in range(self.config.num_labels))
+
+    @property
+    def activation(self) -> Activation:
+        """How the base head's own logits become scores."""
+        if self.task not in CLASSIFIERS:
+            return "none"
+        if self.task == "token-classification":
+            return "softmax"
+        return ACTIVATIONS.get(self.config.problem_type) or default_activation(self.config.num_labels)
+
+    def build_head(self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int) -> nn.Module:
+        """A fresh module like the base's ``path`` for ``num_labels`` labels, holding ``parameters`` on our device."""
+        with self._lock:
+            head: nn.Module = copy.deepcopy(self._template(num_labels).get_submodule(path))
+        device = next(self.model.parameters()).device
+        placed = {name: tensor.to(device, self.model.dtype, copy=True) for name, tensor in parameters.items()}
+        head.load_state_dict(placed, strict=True, assign=True)
+        left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
+        if left:
+            raise RuntimeError(f"saved module {path} has tensors that no adapter file holds: {left}")
+        return head.eval().requires_grad_(False)
+
+    def describe(self, watched: WatchedModules, fingerprint: str) -> BaseSpec:
+        """What validation needs to know; ``watched``: what a probe saw."""
+        own = self._template(self.config.num_labels)
+        axes = {}
+        if self.task in CLASSIFIERS:
+            axes = describe.label_axes(self._template(2), self._template(3))
+        untrained = self.untrained
+        if self.task == "embedding":  # vectors are pooled by us, from the last hidden state
+            untrained = frozenset(name for name in untrained if "pooler" not in name.split("."))
+        return BaseSpec(
+            task=self.task,
+            model_type=self.config.model_type,
+            labels=self.labels,
+            activation=self.activation,
+            backbone=self.backbone_path,
+            backbone_name=self.model.base_model_prefix,
+            modules=frozenset(path for path, _ in own.named_modules() if path),
+            called=watched.called,
+            targets=describe.target_specs(own),
+            shiftable=describe.shiftable_modules(own),
+            parameters=describe.parameter_shapes(own),
+            label_axes=axes,
+            untrained=untrained,
+            transposed_experts=describe.transposed_experts(own),
+            embedding=describe.input_embedding(own),
+            tied_heads=describe.tied_heads(own),
+            fingerprint=fingerprint,
+        )
+
+    def _template(self, num_labels: int) -> PreTrainedModel:
+        """The architecture with ``num_labels`` labels, without weights."""
+        if self.task not in CLASSIFIERS:
+            num_labels = self.config.num_labels
+        if num_labels not in self._templates:
+            if len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.pop(next(iter(self._templates)))
+            config = copy.deepcopy(self.config)
+            config.num_labels = num_labels
+            with torch.device("meta"):
+                self._templates[num_labels] = type(self.model)._from_config(config)
+        return self._templates[num_labels]
+
+
+def _padding_id(features: Mapping[str, torch.Tensor]) -> int:
+    """The token that fills the batch up; for a batch without padding one that it does not hold."""
+    ids, mask = features["input_ids"], features["attention_mask"]
+    padding = ids[mask == 0]
+    if len(padding):
+        return int(padding[0])
+    used = set(ids.flatten().tolist())
+    return next(token for token in range(len(used) + 1) if token not in used)
