@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import threading
@@ -24,7 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("config", nargs="?", default=_DEFAULT_CONFIG, help="a Serve config file (default: %(default)s)")
     serve.add_argument("--host", default="127.0.0.1", help="adapters load from any readable path: keep it on loopback")
     serve.add_argument("--port", type=int, default=8000)
+    doctor = commands.add_parser("doctor", help="say whether an adapter can be served, and how to mend it")
+    doctor.add_argument("directory", help="a PEFT adapter directory, or package:module/subdir")
+    doctor.add_argument("--base", required=True, help="the base model: a directory, or package:module/subdir")
+    doctor.add_argument("--json", action="store_true", help="print a JSON object")
+    doctor.add_argument("--canary", action="store_true", help="also compare rows alone with rows beside a neighbour")
     args = parser.parse_args(argv)
+    if args.command == "doctor":
+        return _doctor(args.directory, args.base, as_json=args.json, canary=args.canary)
     return _demo(args.port) if args.command == "demo" else _serve(args.config, args.host, args.port)
 
 
@@ -37,6 +45,25 @@ def _demo(port: int) -> int:
     from deployments.demo.run import run_demo  # noqa: PLC0415 - only the demo needs torch in this process
 
     return 0 if run_demo(port) else 1
+
+
+def _doctor(directory: str, base: str, *, as_json: bool, canary: bool) -> int:
+    """Exit status 0: it can be served; 1: it is refused; 2: the base cannot be had."""
+    from adapter_router.doctor import diagnose  # noqa: PLC0415 - only the doctor needs torch in this process
+
+    try:
+        diagnosis = diagnose(directory, base, canary=canary)
+    except (OSError, ValueError) as error:
+        print(f"base {base}: {error}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(diagnosis.document(), indent=2))
+    else:
+        verdict, *rest = diagnosis.lines()
+        colour = "\033[31m" if diagnosis.problems else "\033[32m"
+        print(f"{colour}{verdict}\033[0m" if sys.stdout.isatty() else verdict)
+        print("\n".join(rest))
+    return 1 if diagnosis.problems else 0
 
 
 def _serve(config: str, host: str, port: int) -> int:

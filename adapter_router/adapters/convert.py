@@ -52,12 +52,13 @@ def convert(adapter: AdapterTensors, weights: BaseWeights) -> Converted:
     for path, bias in adapter.biases.items():
         modules[path] = _with_bias(modules.get(path, ModuleDelta()), bias, weights.bias(path))
     for path, (ids, rows) in adapter.tokens.items():
-        modules[path] = replace(modules.get(path, ModuleDelta()), token_ids=torch.tensor(ids), token_rows=rows)
-    delta = AdapterDelta(modules, _saved(adapter, weights), _parameters(adapter))
-    idle = [path for path, size in norms(delta).items() if size == 0]
+        modules[path] = ModuleDelta(token_ids=torch.tensor(ids), token_rows=rows, shift=_without_bias(path, weights))
+    changes = AdapterDelta(modules, _saved(adapter, weights), _parameters(adapter))
+    sizes = norms(changes)
+    idle = [path for path, size in sizes.items() if size == 0]
     if idle:
-        warnings.append(f"{len(idle)} of {len(norms(delta))} modules have no effect, e.g. {idle[0]}")
-    return Converted(delta, tuple(warnings))
+        warnings.append(f"{len(idle)} of {len(sizes)} modules have no effect, e.g. {idle[0]}")
+    return Converted(changes, tuple(warnings))
 
 
 def norms(delta: AdapterDelta) -> dict[str, float]:
@@ -85,9 +86,11 @@ def _size(delta: ModuleDelta) -> float:
 def _product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """A matrix of the norm of ``b @ a`` and of its rank's size: QR of both sides, without the product itself."""
     if b.shape[-1] != a.shape[-2] or min(b.shape[-2], a.shape[-1]) <= b.shape[-1]:
-        return b @ a if b.shape[-1] == a.shape[-2] else b
+        product: torch.Tensor = b @ a if b.shape[-1] == a.shape[-2] else b
+        return product
     left, right = torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.transpose(-1, -2), mode="r").R
-    return left @ right.transpose(-1, -2)
+    small: torch.Tensor = left @ right.transpose(-1, -2)
+    return small
 
 
 def _length(*tensors: torch.Tensor) -> float:
@@ -107,6 +110,12 @@ def _with_bias(delta: ModuleDelta, bias: torch.Tensor, own: torch.Tensor | None)
     """``bias`` replaces the base's: what the module adds changes by the difference."""
     difference = bias.float() - (0 if own is None else own)
     return replace(delta, shift=difference if delta.shift is None else delta.shift + difference)
+
+
+def _without_bias(path: str, weights: BaseWeights) -> torch.Tensor | None:
+    """PEFT gives an output layer with replaced rows no bias."""
+    bias = weights.bias(path)
+    return None if bias is None else -bias
 
 
 def _saved(adapter: AdapterTensors, weights: BaseWeights) -> dict[str, dict[str, torch.Tensor]]:

@@ -74,7 +74,9 @@ class Coverage:
             if path in self._base.targets and self._base.targets[path].kind in self._method.kinds:
                 self._check_target(path, present, before)
         if set(self._method.shared) - set(found.shared):
-            self._problems.append(f"tensors are missing: {listed(sorted(set(self._method.shared) - set(found.shared)))}")
+            self._problems.append(
+                f"tensors are missing: {listed(sorted(set(self._method.shared) - set(found.shared)))}"
+            )
         self._check_experts(found)
         self._check_tokens(found.tokens)
         self._check_invocation()
@@ -124,7 +126,9 @@ class Coverage:
         if able:
             self._problems.append(f"tensors on modules that target_modules does not name: {listed(sorted(able))}")
         if extra - able:
-            self._problems.append(f"modules that {self._config.peft_type} cannot act on: {listed(sorted(extra - able))}")
+            self._problems.append(
+                f"modules that {self._config.peft_type} cannot act on: {listed(sorted(extra - able))}"
+            )
 
     def _check_target(self, path: str, present: Roles, before: Mapping[str, Roles] | None) -> None:
         spelled = self._naming.spelled(path)
@@ -149,7 +153,7 @@ class Coverage:
 
     def _suffixes(self, roles: Iterable[str]) -> str:
         """Roles as the file spells them."""
-        spelled = {role: suffix for suffix, role in reversed(self._method.roles.items())}
+        spelled = {role: suffix for suffix, role in reversed(list(self._method.roles.items()))}
         return "/".join(spelled.get(role, role) for role in roles)
 
     # -- experts -------------------------------------------------------------------------------------------------
@@ -212,7 +216,9 @@ class Coverage:
         if bool(indices) != bool(tokens):
             self._problems.append("trainable token indices and trainable token rows must come together")
         if isinstance(indices, dict) and len(wanted) < len(indices):
-            self._problems.append(f"trainable tokens are declared for {listed(map(str, indices))}, rows are there for less")
+            self._problems.append(
+                f"trainable tokens are declared for {listed(map(str, indices))}, rows are there for less"
+            )
         for name, rows in tokens.items():
             path = self._naming.actual(name)
             if path is None:
@@ -239,7 +245,9 @@ class Coverage:
         else:
             self.tokens[path] = (ids, rows)
         if any(target.base_path == path for target in self.targets):
-            self._problems.append(f"{path} has both replaced rows and {self._config.peft_type}; PEFT has no rule for it")
+            self._problems.append(
+                f"{path} has both replaced rows and {self._config.peft_type}; PEFT has no rule for it"
+            )
 
     def _check_invocation(self) -> None:
         tokens = self._config.document.get("alora_invocation_tokens")
@@ -249,7 +257,9 @@ class Coverage:
         if not good or len(tokens) > _MAX_INVOCATION:
             self._problems.append(f"alora_invocation_tokens must be a list of at most {_MAX_INVOCATION} token ids")
         if self._base.task != "text-generation":
-            self._problems.append(f"alora_invocation_tokens belong to causal language models, the task is {self._base.task}")
+            self._problems.append(
+                f"alora_invocation_tokens belong to causal language models, the task is {self._base.task}"
+            )
         if self._config.document.get("use_dora") or any(t.spec.kind != "linear" for t in self.targets):
             self._problems.append("alora_invocation_tokens act on linear layers without use_dora only")
 
@@ -334,7 +344,7 @@ class Coverage:
             )
 
     def _tie_heads(self, saved: Tensors) -> None:
-        """PEFT's ``ensure_weight_tying``: a saved embedding is the output layer's weight, too, unless that has its own."""
+        """PEFT's ``ensure_weight_tying``: a saved embedding is the output layer's weight, too, unless it has one."""
         weight = saved.get(f"{self._base.embedding}.weight")
         if weight is None or not self._config.document.get("ensure_weight_tying"):
             return

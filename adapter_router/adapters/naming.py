@@ -1,7 +1,7 @@
 """Module paths as an adapter's file spells them -> as the base model spells them.
 
-An adapter may have been trained on the bare backbone (``encoder…``) or under a head (``bert.encoder…``), and, for vision
-models, on transformers 4, whose module names were others.
+An adapter may have been trained on the bare backbone (``encoder…``) or under a head (``bert.encoder…``), and, for
+vision models, on transformers 4, whose module names were others.
 """
 
 from __future__ import annotations

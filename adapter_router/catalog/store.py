@@ -145,11 +145,22 @@ def _directory_problems(directory: Path) -> list[str]:
         if not path.exists():
             continue
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if _escapes(path, directory):
+            problems.append(f"{name} is a link to a place outside the directory; copy the file into it")
+        elif not stat.S_ISREG(status.st_mode):
             problems.append(f"{name} is not a regular file")
         elif name not in (_WEIGHTS, _INITIAL) and status.st_size > _MAX_CONFIG_BYTES:
             problems.append(f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
     return problems
+
+
+def _escapes(path: Path, directory: Path) -> bool:
+    """Whether following links leads out of ``directory``; a hub cache's snapshots keep their files under ``blobs``."""
+    allowed = [directory.resolve()]
+    if directory.parent.name == "snapshots":
+        allowed.append((directory.parent.parent / "blobs").resolve())
+    actual = path.resolve()
+    return not any(actual.is_relative_to(root) for root in allowed)
 
 
 def _pickle_advice(directory: Path, name: str) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.base_weights import BaseWeights
@@ -67,6 +74,8 @@ class BaseModel:
         self._grouped: dict[nn.Module, GroupedModule] = {}
         self._prepared: dict[TaskKind, PreparedTask] = {}
         first = self._read(self.tasks[0])
+        if first.task != "embedding" and not _is_bare(first.backbone, first.config):
+            self.tasks = tuple(task for task in self.tasks if task != "embedding")
         self.fingerprint = _fingerprint(first.model, first.untrained)
         self.dtype: torch.dtype = first.model.dtype
         self.encoder = self._row_encoder(first)
@@ -100,8 +109,8 @@ class BaseModel:
 
     @property
     def hidden_size(self) -> int:
-        """Numbers in a token's vector."""
-        return int(self.model.config.hidden_size)
+        """Numbers in a token's vector; 0 where the base has no embeddings to give."""
+        return int(self.model.config.hidden_size) if "embedding" in self.tasks else 0
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -125,7 +134,11 @@ class BaseModel:
             answers = []
             for task, segments in tasks.items():
                 raw = self._finish(task, features, plan, segments, output)
-                answers += list(zip(segments, raw.split([s.stop - s.start for s in segments]), strict=True))
+                offset = 0
+                for segment in segments:
+                    count = segment.stop - segment.start
+                    answers.append((segment, raw[offset : offset + count]))
+                    offset += count
         return answers
 
     def generate(self, features: Batch, plan: BatchPlan, max_new_tokens: int) -> torch.Tensor:
@@ -224,20 +237,26 @@ class BaseModel:
         sample = encoder.collate(encoder.samples(1, _TOKENS), self.device)
         with torch.inference_mode():
             kept = tuple(
-                name
-                for name in limits.features
-                if name not in _OPTIONAL or zeros_are_default(first.run, sample, name)
+                name for name in limits.features if name not in _OPTIONAL or zeros_are_default(first.run, sample, name)
             )
         return TextEncoder(tokenizer, replace(limits, features=kept), start)
 
 
+def _is_bare(backbone: nn.Module, config: PretrainedConfig) -> bool:
+    """Whether the backbone is what the checkpoint gives without a head."""
+    return type(config) in AutoModel._model_mapping and type(backbone) is AutoModel._model_mapping[type(config)]
+
+
 def _whole_backbone(first: TaskModel, read: Callable[[], TaskModel]) -> nn.Module:
     """The backbone with all parts that any head may want: some heads' own lacks the pooler."""
+    if first.task == "embedding" or not _is_bare(first.backbone, first.config):
+        return first.backbone
     with torch.device("meta"):
         whole = AutoModel.from_config(first.config)
-    if type(whole) is not type(first.backbone) or set(whole.state_dict()) <= set(first.backbone.state_dict()):
+    if set(whole.state_dict()) <= set(first.backbone.state_dict()):
         return first.backbone
-    return read().model
+    backbone: nn.Module = read().model
+    return backbone
 
 
 def _check_digest(source: str, expected: str | None) -> None:

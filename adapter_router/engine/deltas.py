@@ -6,6 +6,7 @@ Everything is computed in float32 and rounded to the base's dtype once, as PEFT 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,39 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from adapter_router.engine.kernels import LoraSegment, Scratch, add_lora
-from adapter_router.engine.plan import BatchPlan
+from adapter_router.engine.plan import BatchPlan, Segment
 from adapter_router.engine.resident import DeviceDelta
 
-Deltas = Sequence[DeviceDelta | None]
-Change = Callable[
-    [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], Deltas, BatchPlan, Scratch], torch.Tensor
-]
 _NONE = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a sorted batch's adapters change at one module: a delta for each segment of ``plan``, or None."""
+
+    deltas: Sequence[DeviceDelta | None]
+    plan: BatchPlan
+    scratch: Scratch
+
+    def __iter__(self) -> Iterator[tuple[Segment, DeviceDelta]]:
+        """The segments that are changed."""
+        for segment, delta in zip(self.plan.segments, self.deltas, strict=True):
+            if delta is not None:
+                yield segment, delta
+
+    def lora(self) -> list[LoraSegment]:
+        """Every segment with its low-rank factors."""
+        return [_lora_segment(s, d) for s, d in zip(self.plan.segments, self.deltas, strict=True)]
+
+
+def _lora_segment(segment: Segment, delta: DeviceDelta | None) -> LoraSegment:
+    count = segment.stop - segment.start
+    if delta is None or delta.a is None or delta.b is None:
+        return LoraSegment(count, 0, 1.0, _NONE, _NONE)
+    return LoraSegment(count, delta.rank, delta.scaling, delta.a, delta.b)
+
+
+Change = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], Changes], torch.Tensor]
 
 
 def change_for(module: nn.Module) -> Change:
@@ -39,41 +65,33 @@ def change_linear(
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    deltas: Deltas,
-    plan: BatchPlan,
-    scratch: Scratch,
+    changes: Changes,
 ) -> torch.Tensor:
     """(rows x anything, …, in) -> (rows x anything, …, out)."""
     x = args[0] if args else kwargs["input"]
-    if any(d is not None and d.input_scale is not None for d in deltas):
-        x = _scaled_inputs(x, deltas, plan)
+    if any(delta.input_scale is not None for _, delta in changes):
+        x = _scaled_inputs(x, changes)
     base: torch.Tensor = run(x)
     y = base.float().contiguous()
     wide = x.float()
     # One block of entries a row, whatever the layer was given.
-    y_rows, x_rows = y.view(plan.num_rows, -1, y.shape[-1]), wide.reshape(plan.num_rows, -1, x.shape[-1])
-    mask = plan.token_mask(x_rows.shape[1], x.device)
-    add_lora(y_rows, x_rows if mask is None else x_rows * mask, list(_segments(deltas, plan)), scratch)
-    for segment, delta in zip(plan.segments, deltas, strict=True):
-        if delta is not None and not delta.is_plain:
+    y_rows, x_rows = (
+        y.view(changes.plan.num_rows, -1, y.shape[-1]),
+        wide.reshape(changes.plan.num_rows, -1, x.shape[-1]),
+    )
+    mask = changes.plan.token_mask(x_rows.shape[1], x.device)
+    add_lora(y_rows, x_rows if mask is None else x_rows * mask, changes.lora(), changes.scratch)
+    for segment, delta in changes:
+        if not delta.is_plain:
             _finish_linear(y_rows[segment.start : segment.stop], x_rows[segment.start : segment.stop], delta)
     return y.to(base.dtype)
 
 
-def _segments(deltas: Deltas, plan: BatchPlan) -> Iterator[LoraSegment]:
-    for segment, delta in zip(plan.segments, deltas, strict=True):
-        count = segment.stop - segment.start
-        if delta is None or delta.a is None or delta.b is None:
-            yield LoraSegment(count, 0, 1.0, _NONE, _NONE)
-        else:
-            yield LoraSegment(count, delta.rank, delta.scaling, delta.a, delta.b)
-
-
-def _scaled_inputs(x: torch.Tensor, deltas: Deltas, plan: BatchPlan) -> torch.Tensor:
+def _scaled_inputs(x: torch.Tensor, changes: Changes) -> torch.Tensor:
     scaled = x.clone()
-    rows = scaled.view(plan.num_rows, -1, x.shape[-1])
-    for segment, delta in zip(plan.segments, deltas, strict=True):
-        if delta is not None and delta.input_scale is not None:
+    rows = scaled.view(changes.plan.num_rows, -1, x.shape[-1])
+    for segment, delta in changes:
+        if delta.input_scale is not None:
             rows[segment.start : segment.stop] *= delta.input_scale.to(x.dtype)
     return scaled
 
@@ -97,16 +115,13 @@ def _change_other(
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    deltas: Deltas,
-    plan: BatchPlan,
-    scratch: Scratch,
+    changes: Changes,
 ) -> torch.Tensor:
     base: torch.Tensor = run(*args, **kwargs)
     y = base.float().clone(memory_format=torch.contiguous_format)
-    rows = y.view(plan.num_rows, -1, y.shape[-1])
-    for segment, delta in zip(plan.segments, deltas, strict=True):
-        if delta is not None:
-            _gain_and_shift(rows[segment.start : segment.stop], delta)
+    rows = y.view(changes.plan.num_rows, -1, y.shape[-1])
+    for segment, delta in changes:
+        _gain_and_shift(rows[segment.start : segment.stop], delta)
     return y.to(base.dtype)
 
 
@@ -122,17 +137,14 @@ class _EmbeddingChange:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        deltas: Deltas,
-        plan: BatchPlan,
-        scratch: Scratch,
+        changes: Changes,
     ) -> torch.Tensor:
         ids: torch.Tensor = args[0] if args else kwargs["input"]
         base: torch.Tensor = run(*args, **kwargs)
         y = base.float().clone(memory_format=torch.contiguous_format)
-        y_rows, id_rows = y.view(plan.num_rows, -1, y.shape[-1]), ids.reshape(plan.num_rows, -1)
-        for segment, delta in zip(plan.segments, deltas, strict=True):
-            if delta is not None:
-                self._apply(y_rows[segment.start : segment.stop], id_rows[segment.start : segment.stop], delta)
+        y_rows, id_rows = y.view(changes.plan.num_rows, -1, y.shape[-1]), ids.reshape(changes.plan.num_rows, -1)
+        for segment, delta in changes:
+            self._apply(y_rows[segment.start : segment.stop], id_rows[segment.start : segment.stop], delta)
         return y.to(base.dtype)
 
     def _apply(self, y: torch.Tensor, ids: torch.Tensor, delta: DeviceDelta) -> None:
@@ -156,18 +168,15 @@ class _ConvChange:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        deltas: Deltas,
-        plan: BatchPlan,
-        scratch: Scratch,
+        changes: Changes,
     ) -> torch.Tensor:
         x: torch.Tensor = args[0] if args else kwargs["input"]
         base: torch.Tensor = run(*args, **kwargs)
         y = base.float().clone(memory_format=torch.contiguous_format)
-        per_row = x.shape[0] // plan.num_rows
-        for segment, delta in zip(plan.segments, deltas, strict=True):
-            if delta is not None:
-                rows = slice(segment.start * per_row, segment.stop * per_row) if len(deltas) > 1 else slice(None)
-                self._apply(y[rows], x[rows].float(), delta)
+        per_row = x.shape[0] // changes.plan.num_rows
+        for segment, delta in changes:
+            rows = slice(segment.start * per_row, segment.stop * per_row)
+            self._apply(y[rows], x[rows].float(), delta)
         return y.to(base.dtype)
 
     def _apply(self, y: torch.Tensor, x: torch.Tensor, delta: DeviceDelta) -> None:

@@ -75,14 +75,13 @@ def tied_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _target_spec(module: nn.Module) -> TargetSpec | None:
     has_bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            return None
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return TargetSpec("attention", module.embed_dim, 3 * module.embed_dim, module.in_proj_bias is not None)
-    if isinstance(module, nn.Linear):
-        return TargetSpec("linear", module.in_features, module.out_features, has_bias)
-    if isinstance(module, Conv1D):
-        return TargetSpec("linear", module.weight.shape[0], module.weight.shape[1], has_bias, transposed=True)
+    if isinstance(module, nn.Linear | Conv1D):
+        transposed = isinstance(module, Conv1D)
+        shape = reversed(module.weight.shape) if transposed else module.weight.shape
+        out_features, in_features = shape
+        return TargetSpec("linear", in_features, out_features, has_bias, transposed=transposed)
     if isinstance(module, nn.Embedding):
         return TargetSpec("embedding", module.num_embeddings, module.embedding_dim)
     if isinstance(module, _CONVOLUTIONS) and _is_plain(module):

@@ -225,7 +225,10 @@ class Engine:
                 continue
             works = [
                 GenerationWork(
-                    job.encoded, _adapter(job, leased), job.task, generation(job.row.parameters, job.task).max_new_tokens
+                    job.encoded,
+                    _adapter(job, leased),
+                    job.task,
+                    generation(job.row.parameters, job.task).max_new_tokens,
                 )
                 for job in group
             ]

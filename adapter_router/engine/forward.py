@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.inputs import EncodedRow
@@ -38,6 +37,7 @@ class Work:
 
 
 Answer = TypeVar("Answer")
+SomeWork = TypeVar("SomeWork", bound=Work)
 
 
 class Forward:
@@ -63,7 +63,7 @@ class Forward:
         return free
 
     def _batches(self, works: Sequence[Work]) -> Iterator[list[int]]:
-        """Row numbers that may share a pass: one shape of input, heads on one backbone, no adapter that must be alone."""
+        """Row numbers that may share a pass: one shape, heads on one backbone, no adapter that must be alone."""
         tasks = sorted({work.task for work in works})
         together = self._base.may_share(tasks)
         groups: dict[object, list[int]] = {}
@@ -112,7 +112,7 @@ class Forward:
 
 
 def bisected(
-    works: Sequence[Work], run: Callable[[Sequence[Work]], list[Answer | InternalError]]
+    works: Sequence[SomeWork], run: Callable[[Sequence[SomeWork]], list[Answer | InternalError]]
 ) -> list[Answer | InternalError]:
     """``run`` all of ``works``; when that raises, halves of them, so that only the row to blame fails."""
     try:

@@ -54,8 +54,8 @@ class Generator:
         rows = [self._plan_row(work, max(lengths)) for work in works]
         order = sorted_order(rows)
         plan = BatchPlan([rows[index] for index in order], max(lengths))
-        side = "left" if decoder_only else "right"
-        batch = encoder.collate([works[index].encoded for index in order], self._base.device, side)
+        chosen = [works[index].encoded for index in order]
+        batch = encoder.collate(chosen, self._base.device, "left" if decoder_only else "right")
         features = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with self._base.lock:
             ids = self._base.generate(features, plan, max(work.max_new_tokens for work in works)).cpu().numpy()

@@ -117,9 +117,9 @@ class TextEncoder:
         padding = self._padding(rows)
         batch = {}
         for name in self._limits.features:
-            if not any(name in row.features for row in rows):
-                if name not in ("attention_mask", "token_type_ids"):
-                    continue
+            given = any(name in row.features for row in rows)
+            if not given and name not in ("attention_mask", "token_type_ids"):
+                continue
             arrays = [row.features.get(name) for row in rows]
             fill = padding if name in ("input_ids", _DECODER) else 0
             like = _DECODER if name.startswith("decoder_") else "input_ids"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter_router.engine.deltas import change_for
+from adapter_router.engine.deltas import Changes, change_for
 from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
 from adapter_router.engine.probe import RowArguments
 
@@ -46,7 +46,7 @@ class GroupedModule:
             return self._base_forward(*args, **kwargs)
         self._check_rows(plan)
         blocks = plan if self._rows is not None else plan.as_one_block()
-        return self._change(self._base_forward, args, kwargs, deltas, blocks, self._active.scratch)
+        return self._change(self._base_forward, args, kwargs, Changes(deltas, blocks, self._active.scratch))
 
     def _run_heads(self, plan: BatchPlan, heads: Any, args: Any, kwargs: Any) -> Any:
         if len(heads) == 1 and heads[0][0] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,9 @@ def device_bytes(delta: AdapterDelta, head_dtype: torch.dtype) -> int:
     return changes + heads * head_dtype.itemsize + experts
 
 
-def place(digest: str, adapter: AdapterTensors, delta: AdapterDelta, num_bytes: int, base: BaseModel) -> ResidentAdapter:
+def place(
+    digest: str, adapter: AdapterTensors, delta: AdapterDelta, num_bytes: int, base: BaseModel
+) -> ResidentAdapter:
     """Copy ``delta`` to the base's device and let the modules it acts on be grouped."""
     prepared = base.task(adapter.task)
     heads = _heads(adapter, delta, base, prepared)
@@ -75,7 +78,7 @@ def _heads(adapter: AdapterTensors, delta: AdapterDelta, base: BaseModel, prepar
     return heads
 
 
-def _on(changes: dict[str, ParameterDelta], device: torch.device) -> dict[str, ParameterDelta]:
+def _on(changes: Mapping[str, ParameterDelta], device: torch.device) -> dict[str, ParameterDelta]:
     return {name: replace(change, a=change.a.to(device), b=change.b.to(device)) for name, change in changes.items()}
 
 

@@ -107,7 +107,9 @@ def _record(model: nn.Module, features: Batch, run: Callable[[Batch], Any]) -> d
 
     def watch(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-            given = {key: v for key, v in (*enumerate(args), *kwargs.items()) if isinstance(v, torch.Tensor)}
+            values: dict[int | str, Any] = dict(enumerate(args))
+            values.update(kwargs)
+            given = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
             copy = answer.clone() if isinstance(answer, torch.Tensor) else answer
             calls.setdefault(path, []).append(_Call(given, copy))
 

@@ -156,7 +156,9 @@ def _delta(target: Target, tensors: Mapping[str, torch.Tensor], weights: Weights
         scaling = 1.0
     shift = tensors["b_bias"].float() * scaling if "b_bias" in tensors else None
     extra = {"a2": tensors.get("a2"), "b2": tensors.get("b2")} if target.spec.kind == "attention" else {}
-    delta = ModuleDelta(a=a, b=b, scaling=scaling, shift=shift, uncertainty=taken.uncertainty if taken else 0.0, **extra)
+    delta = ModuleDelta(
+        a=a, b=b, scaling=scaling, shift=shift, uncertainty=taken.uncertainty if taken else 0.0, **extra
+    )
     return _with_magnitude(target, delta, tensors["magnitude"], weights) if "magnitude" in tensors else delta
 
 
@@ -181,7 +183,8 @@ def _taken_from_base(target: Target, tensors: Mapping[str, torch.Tensor], weight
 
 def _unblocked(blocks: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` diagonal blocks, stored one below the other -> the whole matrix."""
-    return torch.block_diag(*blocks.chunk(count))
+    whole: torch.Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _with_magnitude(target: Target, delta: ModuleDelta, magnitude: torch.Tensor, weights: Weights) -> ModuleDelta:

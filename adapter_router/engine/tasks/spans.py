@@ -65,7 +65,8 @@ def _indices(values: Sequence[int | None]) -> Array:
 
 def _marked(tokens: Sequence[str], offsets: Array) -> Array:
     """transformers' rule: a token spelled longer (or shorter) than its stretch of text carries the mark."""
-    return np.asarray([len(token) for token in tokens], dtype=np.int64) != offsets[:, 1] - offsets[:, 0]
+    marked: Array = np.asarray([len(token) for token in tokens], dtype=np.int64) != offsets[:, 1] - offsets[:, 0]
+    return marked
 
 
 def _unspaced(texts: Sequence[str], offsets: Array, sequences: Array) -> Array:
