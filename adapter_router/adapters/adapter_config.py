@@ -211,7 +211,8 @@ class _FieldReader:
 
     def pattern(self, name: str, read: Any) -> dict[str, Any]:
         value = self._document.get(name) or {}
-        if not isinstance(value, dict) or not self._sane(name, value):
+        # An empty pattern is legal: it matches nothing.
+        if not isinstance(value, dict) or not self._sane(name, [key for key in value if key != ""]):
             self._problems.append(f"{name} is {_short(value)}, must be an object {_LIMITS}")
             return {}
         return {key: read(f"{name}[{key!r}]", entry) for key, entry in value.items()}

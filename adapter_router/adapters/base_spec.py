@@ -46,7 +46,7 @@ class BaseSpec:
     that does. ``untrained``: parameters the checkpoint lacks; transformers fills them with random numbers, so an
     adapter must bring its own.
     ``transposed_experts``: modules whose expert weights are stored as (experts, in, out).
-    ``embedding``: the input embedding's path; ``tied_heads``: output layers that share its weight.
+    ``embedding``: the input embedding's path; ``tied``: other modules that share its weight.
     """
 
     task: TaskKind
@@ -64,7 +64,7 @@ class BaseSpec:
     untrained: frozenset[str]
     transposed_experts: frozenset[str]
     embedding: str | None
-    tied_heads: tuple[str, ...]
+    tied: tuple[str, ...]
     fingerprint: str
 
     @property

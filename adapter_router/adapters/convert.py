@@ -121,11 +121,8 @@ def _without_bias(path: str, weights: BaseWeights) -> torch.Tensor | None:
 def _saved(adapter: AdapterTensors, weights: BaseWeights) -> dict[str, dict[str, torch.Tensor]]:
     """Saved modules, and those that had single parameters replaced, as wholes."""
     saved = {path: dict(parameters) for path, parameters in adapter.saved.items()}
-    for name, tensor in adapter.replaced.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in saved:
-            saved[owner] = weights.parameters_of(owner)
-        saved[owner][leaf] = tensor
+    for path, parameters in adapter.replaced.items():
+        saved[path] = {**weights.parameters_of(path), **saved.get(path, {}), **parameters}
     return saved
 
 

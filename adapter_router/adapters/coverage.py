@@ -55,7 +55,7 @@ class Coverage:
         self.tokens: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
         self.biases: Tensors = {}
         self.saved: dict[str, Tensors] = {}
-        self.replaced: Tensors = {}
+        self.replaced: dict[str, Tensors] = {}
         self.copies: Tensors = {}
         self.num_labels = 0
         self.has_own_head = False
@@ -67,7 +67,10 @@ class Coverage:
             self._problems.append(f"{len(foreign)} tensors have no place in this base: {listed(foreign)}")
         if found.repeated:
             self._problems.append(f"tensors that contradict each other: {listed(found.repeated)}")
-        roles = {path: r for name, r in found.targets.items() if (path := self._naming.actual(name)) is not None}
+        owners = self._parameter_owners()
+        layers = self._expert_layers(found, owners)
+        roles = {path: {**found.shared, **own} for path, own in _by_path(found.targets, self._naming).items()}
+        roles = {path: own for path, own in roles.items() if path not in layers}
         before = _by_path(initial.targets, self._naming) if initial else None
         self._check_declared(set(roles))
         for path, present in roles.items():
@@ -77,7 +80,7 @@ class Coverage:
             self._problems.append(
                 f"tensors are missing: {listed(sorted(set(self._method.shared) - set(found.shared)))}"
             )
-        self._check_experts(found)
+        self._check_experts(owners, layers)
         self._check_tokens(found.tokens)
         self._check_invocation()
         self._check_copies(found)
@@ -105,11 +108,16 @@ class Coverage:
 
     def _declared(self) -> set[str]:
         """Modules that PEFT would put the method on."""
-        return {
+        declared = {
             path
             for path, spec in self._base.targets.items()
             if spec.kind in self._method.kinds and self._config.targets(self._naming.spelled(path))
         }
+        # The output projection of a targeted attention goes with it.
+        return {path for path in declared if not self._is_attention(path.rpartition(".")[0], declared)}
+
+    def _is_attention(self, path: str, declared: set[str]) -> bool:
+        return path in declared and self._base.targets[path].kind == "attention"
 
     def _check_declared(self, present: set[str]) -> None:
         if self._config.matcher.problems:
@@ -120,9 +128,9 @@ class Coverage:
         missing = sorted(declared - present)
         if missing:
             self._problems.append(f"{len(missing)} target modules have no tensors: {listed(missing)}")
-        tied = set(self._base.tied_heads) if self._config.document.get("ensure_weight_tying") else set()
+        tied = set(self._base.tied) if self._config.document.get("ensure_weight_tying") else set()
         extra = present - declared - tied
-        able = {path for path in extra if path in self._base.targets}
+        able = {p for p in extra if p in self._base.targets and self._base.targets[p].kind in self._method.kinds}
         if able:
             self._problems.append(f"tensors on modules that target_modules does not name: {listed(sorted(able))}")
         if extra - able:
@@ -138,6 +146,9 @@ class Coverage:
             present = {**present, **{f"{role}0": first[role] for role in ("a", "b") if role in first}}
         shapes = {role: tuple(tensor.shape) for role, tensor in present.items()}
         expected = self._method.shapes(target, shapes)
+        if not expected:
+            self._problems.append(f"{self._config.peft_type} cannot act on {path}, in PEFT neither")
+            return
         wanted = set(expected) | ({"a0", "b0"} if before is not None else set())
         if absent := sorted(wanted - set(shapes)):
             self._problems.append(f"{path} lacks {self._suffixes(absent)}")
@@ -158,26 +169,43 @@ class Coverage:
 
     # -- experts -------------------------------------------------------------------------------------------------
 
-    def _check_experts(self, found: SortedTensors) -> None:
-        """``target_parameters``: PEFT nests one layer a parameter, the first parameter innermost."""
+    def _parameter_owners(self) -> dict[str, list[str]]:
+        """Modules with parameters that ``target_parameters`` names, and those parameters in the module's order."""
         names = self._config.document.get("target_parameters") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self._problems.append("target_parameters must be a list of names")
-            return
+            return {}
         owners: dict[str, list[str]] = defaultdict(list)
+        matched = set()
         for parameter in self._base.parameters:
             owner, _, leaf = parameter.rpartition(".")
             spelled = f"{self._naming.spelled(owner)}.{leaf}"
-            if any(spelled == name or spelled.endswith("." + name) for name in names):
+            hits = {name for name in names if _tail(spelled, name)}
+            if hits:
                 owners[owner].append(leaf)
-        layers = {path: nested for name, nested in found.expert_layers.items() if (path := self._naming.actual(name))}
+            matched |= hits
+        if unmatched := sorted(set(names) - matched):
+            self._problems.append(f"target_parameters names {listed(unmatched)}, which this base does not have")
+        return owners
+
+    def _expert_layers(self, found: SortedTensors, owners: Mapping[str, list[str]]) -> dict[str, dict[int, Roles]]:
+        """The tensors of ``owners``: PEFT nests one layer a parameter, the first parameter innermost."""
+        layers = {
+            path: dict(nested)
+            for name, nested in found.expert_layers.items()
+            if (path := self._naming.actual(name)) is not None
+        }
+        for name, roles in found.targets.items():
+            path = self._naming.actual(name)
+            if path in owners and not self._config.targets(name):
+                layers.setdefault(path, {})[0] = roles
+        return layers
+
+    def _check_experts(self, owners: Mapping[str, list[str]], layers: Mapping[str, dict[int, Roles]]) -> None:
         if absent := sorted(set(owners) - set(layers)):
             self._problems.append(f"target_parameters of these modules have no tensors: {listed(absent)}")
         if surplus := sorted(set(layers) - set(owners)):
             self._problems.append(f"tensors on modules that target_parameters does not name: {listed(surplus)}")
-        unmatched = [n for n in names if not any(_tail(f"{o}.{leaf}", n) for o, ls in owners.items() for leaf in ls)]
-        if unmatched:
-            self._problems.append(f"target_parameters names {listed(unmatched)}, which this base does not have")
         for owner in sorted(set(owners) & set(layers)):
             leaves = owners[owner]
             for depth in set(range(len(leaves))) | set(layers[owner]):
@@ -225,8 +253,8 @@ class Coverage:
                 continue
             self._check_token_rows(path, wanted[path], rows)
         if self._base.embedding in self.tokens:
-            for head in self._base.tied_heads:
-                self.tokens.setdefault(head, self.tokens[self._base.embedding])
+            for path in self._base.tied:
+                self.tokens.setdefault(path, self.tokens[self._base.embedding])
 
     def _token_ids(self, indices: Any, name: str) -> tuple[int, ...]:
         if isinstance(indices, dict):
@@ -286,7 +314,7 @@ class Coverage:
         unknown = []
         for name, tensor in found.named.items():
             parameter = self._parameter(name)
-            if parameter is not None and self._saved_root(parameter):
+            if parameter is not None and (self._saved_root(parameter) or self._is_tied(parameter)):
                 saved[parameter] = tensor
             elif parameter is not None and self._config.bias == "all" and "bias" in name:
                 self._add_bias(parameter, tensor)
@@ -301,10 +329,13 @@ class Coverage:
         expected = self._base.parameters[parameter]
         if tuple(tensor.shape) != expected:
             self._misshaped(parameter, tuple(tensor.shape), expected)
-        elif leaf == "bias" and owner in self._base.shiftable:
+        elif leaf == "bias" and owner in self._base.shiftable and owner in self._base.called:
             self.biases[owner] = tensor
         else:
-            self.replaced[parameter] = tensor
+            caller = owner
+            while caller and caller not in self._base.called:
+                caller = caller.rpartition(".")[0]
+            self.replaced.setdefault(caller, {})[parameter.removeprefix(caller + ".")] = tensor
 
     def _saves(self, path: str) -> bool:
         spelled = self._naming.spelled(path)
@@ -318,9 +349,13 @@ class Coverage:
         paths = (".".join(parts[:depth]) for depth in range(1, len(parts)))
         return next((path for path in paths if self._saves(path)), None)
 
+    def _is_tied(self, parameter: str) -> bool:
+        """Whether PEFT's ``ensure_weight_tying`` puts the parameter into the file beside the saved embedding's."""
+        owner = parameter.rpartition(".")[0]
+        return owner in self._base.tied and bool(self._config.document.get("ensure_weight_tying"))
+
     def _check_saved(self, saved: Tensors) -> None:
         self._check_saved_names()
-        self._tie_heads(saved)
         roots = {root for name in self._base.parameters if (root := self._saved_root(name))}
         roots |= {name.rpartition(".")[0] for name in saved if self._saved_root(name) is None}
         self.num_labels = self._count_labels(saved)
@@ -343,14 +378,6 @@ class Coverage:
                 "add the module to modules_to_save and train it"
             )
 
-    def _tie_heads(self, saved: Tensors) -> None:
-        """PEFT's ``ensure_weight_tying``: a saved embedding is the output layer's weight, too, unless it has one."""
-        weight = saved.get(f"{self._base.embedding}.weight")
-        if weight is None or not self._config.document.get("ensure_weight_tying"):
-            return
-        for head in self._base.tied_heads:
-            saved.setdefault(f"{head}.weight", weight)
-
     def _check_saved_names(self) -> None:
         paths = [self._naming.spelled(path) for path in self._base.modules]
         for name in self._config.modules_to_save:
@@ -371,11 +398,21 @@ class Coverage:
 
     def _check_called(self) -> None:
         """A module that the forward pass never calls cannot be changed by changing what it answers."""
-        owners = {parameter.rpartition(".")[0] for parameter in (*self.experts, *self.replaced)}
-        touched = {t.base_path for t in self.targets} | owners | set(self.tokens) | set(self.biases) | set(self.saved)
-        idle = sorted(path for path in touched if path not in self._base.called)
+        idle = {target for target in self.targets if target.base_path not in self._base.called}
+        for target in idle:
+            del self.targets[target]
         if idle:
-            self._problems.append(f"this base uses these modules' weights without calling them: {listed(idle)}")
+            paths = sorted(target.base_path for target in idle)
+            self.warnings.append(f"this base never calls {listed(paths)}: LoRA there has no effect, in PEFT neither")
+        if self._base.embedding not in self._base.called and any(path in self._base.called for path in self._base.tied):
+            # It only holds the weight that the tables tied to it compute with.
+            self.tokens.pop(self._base.embedding or "", None)
+            self.saved.pop(self._base.embedding or "", None)
+        owners = {parameter.rpartition(".")[0] for parameter in self.experts} | set(self.replaced)
+        touched = owners | set(self.tokens) | set(self.biases) | set(self.saved)
+        unused = sorted(path for path in touched if path not in self._base.called)
+        if unused:
+            self._problems.append(f"this base uses these modules' weights without calling them: {listed(unused)}")
 
     def _misshaped(self, name: str, actual: Shape, expected: Shape) -> None:
         self._problems.append(f"{name} has shape {list(actual)}, this base and config need {list(expected)}")

@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
 _TOKENS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta")
-_OUTER_COPY = re.compile(r"(?P<path>.+)\.(original_module|modules_to_save)\.(?P<name>[^.]+)")
+_WRAPPED = re.compile(r"(?P<path>.+?)\.(?P<wrapper>original_module|modules_to_save(\.default)?)\.(?P<name>.+)")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,8 +29,8 @@ Tensors = dict[str, torch.Tensor]
 class SortedTensors:
     """Tensors by role; paths are the adapter's own spelling.
 
-    ``targets``: the method's tensors by module path and role. ``expert_layers``: those under a nested ``base_layer``,
-    by how deep they are nested. ``copies``: of base weights that PEFT adds to a file, by parameter name.
+    ``targets``: the method's tensors by module path and role. ``expert_layers``: those under nested ``base_layer``s,
+    by how deep. ``copies``: of base weights that PEFT adds to a file, by parameter name.
     ``biases``: of modules, by path. ``named``: whole parameters by name. ``shared``: the method's own by name.
     """
 
@@ -87,18 +87,12 @@ def _put_role(
     attention = path.removesuffix(".out_proj")
     if depth == 1 and attention != path and name == f"{attention}.base_layer.out_proj":
         _put(found, found.targets[attention], role + "2", tensor, key)
-    elif config.document.get("target_parameters") and (depth or _is_parameter_owner(config, path)):
+    elif depth and config.document.get("target_parameters"):
         _put(found, found.expert_layers[path].setdefault(depth, {}), role, tensor, key)
     elif depth:
         found.unknown.append(key)
     else:
         _put(found, found.targets[path], role, tensor, key)
-
-
-def _is_parameter_owner(config: AdapterConfig, path: str) -> bool:
-    """Whether ``target_parameters`` names a parameter of the module ``path``."""
-    owners = (str(name).rpartition(".")[0] for name in config.document["target_parameters"])
-    return any(path == owner or path.endswith("." + owner) for owner in owners)
 
 
 def _put_named(found: SortedTensors, config: AdapterConfig, name: str, tensor: torch.Tensor, key: str) -> None:
@@ -107,17 +101,17 @@ def _put_named(found: SortedTensors, config: AdapterConfig, name: str, tensor: t
     plain, depth = _BASE_LAYER.subn("", name)
     path, _, leaf = plain.rpartition(".")
     tokens = _TOKENS.fullmatch(plain)
-    copy = _OUTER_COPY.fullmatch(plain)
+    wrapped = _WRAPPED.fullmatch(plain)
     if _TRAINING_ONLY.fullmatch(name):
         found.ignored.append(key)
     elif tokens:
         _put(found, found.tokens, tokens["path"], tensor, key)
-    elif copy and copy["name"] == "bias" and config.bias == "all":
-        # PEFT repeats a saved module's bias, and the untouched one it replaces.
-        if ".original_module." in plain:
+    elif wrapped and "bias" in wrapped["name"] and config.bias == "all":
+        # PEFT repeats a saved module's biases, and the untouched ones they replace.
+        if wrapped["wrapper"] == "original_module":
             found.ignored.append(key)
         else:
-            _put(found, found.named, f"{copy['path']}.bias", tensor, key)
+            _put(found, found.named, f"{wrapped['path']}.{wrapped['name']}", tensor, key)
     elif depth and leaf == "weight":
         _put(found, found.copies, plain, tensor, key)
     elif depth and not (leaf == "bias" and config.bias != "none"):

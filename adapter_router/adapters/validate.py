@@ -40,7 +40,7 @@ class AdapterTensors:
 
     ``targets``: the method's tensors by role. ``experts``: by parameter. ``tokens``: row numbers and rows.
     ``biases``: new values. ``saved``: whole parameters of replaced modules by their names inside; ``replaced``: single
-    ones. ``copies``: what the file says base weights are. ``shared``: the method's own.
+    parameters by module. ``copies``: what the file says base weights are. ``shared``: the method's own.
     ``invocation``: tokens that switch the adapter on (aLoRA); empty for one that is always on.
     """
 
@@ -58,7 +58,7 @@ class AdapterTensors:
     tokens: dict[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    replaced: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     copies: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -107,6 +107,7 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     problems += config.pattern_problems([naming.spelled(path) for path in base.modules])
     coverage = Coverage(config, method, base, naming, problems)
     coverage.run(found, initial)
+    problems += [fault for fault in config.matcher.problems.values() if fault not in problems]
     labels, activation, label_faults = _labels(request, head, base, coverage)
     problems += label_faults
     if problems:

@@ -15,9 +15,6 @@ def target_specs(model: nn.Module) -> dict[str, TargetSpec]:
     """Modules that adapters can act on, by path."""
     specs: dict[str, TargetSpec] = {}
     for path, module in model.named_modules():
-        parent = path.rpartition(".")[0]
-        if parent in specs and specs[parent].kind == "attention":
-            continue  # an attention reads its projections' weights itself
         spec = _target_spec(module)
         if spec is not None:
             specs[path] = spec
@@ -64,13 +61,17 @@ def input_embedding(model: PreTrainedModel) -> str | None:
     return paths[0] if paths and isinstance(table, nn.Embedding) else None
 
 
-def tied_heads(model: PreTrainedModel) -> tuple[str, ...]:
-    """Output layers whose weight is the input embedding's."""
-    head = model.get_output_embeddings()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    if head is None or not tied:
+def tied_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Other modules whose weight is the input embedding's own: output layers, an encoder-decoder's tables."""
+    embedding = input_embedding(model)
+    if embedding is None:
         return ()
-    return tuple(path for path, module in model.named_modules() if module is head)
+    weight = model.get_submodule(embedding).weight
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if path != embedding and getattr(module, "weight", None) is weight
+    )
 
 
 def _target_spec(module: nn.Module) -> TargetSpec | None:

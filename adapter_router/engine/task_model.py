@@ -99,10 +99,19 @@ class TaskModel:
         device = next(self.model.parameters()).device
         placed = {name: tensor.to(device, self.model.dtype, copy=True) for name, tensor in parameters.items()}
         head.load_state_dict(placed, strict=True, assign=True)
+        self._fill_constants(head, self.model.get_submodule(path))
         left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
         if left:
             raise RuntimeError(f"saved module {path} has tensors that no adapter file holds: {left}")
         return head.eval().requires_grad_(False)
+
+    def _fill_constants(self, head: nn.Module, own: nn.Module) -> None:
+        """Buffers that no checkpoint holds are the base's."""
+        for name, buffer in own.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            target = head.get_submodule(path)
+            if getattr(target, leaf).is_meta:
+                setattr(target, leaf, buffer.clone())
 
     def describe(self, watched: WatchedModules, fingerprint: str) -> BaseSpec:
         """What validation needs to know; ``watched``: what a probe saw."""
@@ -128,8 +137,8 @@ class TaskModel:
             label_axes=axes,
             untrained=untrained,
             transposed_experts=describe.transposed_experts(own),
-            embedding=describe.input_embedding(own),
-            tied_heads=describe.tied_heads(own),
+            embedding=describe.input_embedding(self.model),
+            tied=describe.tied_modules(self.model),
             fingerprint=fingerprint,
         )
 
