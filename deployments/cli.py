@@ -49,8 +49,12 @@ def _demo(port: int) -> int:
 
 def _doctor(directory: str, base: str, *, as_json: bool, canary: bool) -> int:
     """Exit status 0: it can be served; 1: it is refused; 2: the base cannot be had."""
-    from adapter_router.doctor import diagnose  # noqa: PLC0415 - only the doctor needs torch in this process
+    import transformers  # noqa: PLC0415 - only the doctor needs torch in this process
 
+    from adapter_router.doctor import diagnose  # noqa: PLC0415
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         diagnosis = diagnose(directory, base, canary=canary)
     except (OSError, ValueError) as error:

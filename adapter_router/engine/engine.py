@@ -31,6 +31,7 @@ from adapter_router.errors import (
     AdapterRejected,
     AdapterRouterError,
     InternalError,
+    InvalidRequest,
     TaskMismatch,
 )
 from adapter_router.metrics import EngineMetrics
@@ -263,6 +264,8 @@ class Engine:
             embedding=version.embedding if version else EmbeddingSettings(),
             hidden_size=self.base.hidden_size,
         )
+        if task == "token-classification" and isinstance(row.inputs, tuple):
+            raise InvalidRequest("token-classification takes one text, not a pair", "inputs")
         answer = answerer(task, reader, row.parameters)
         encoded = self.base.encoder.encode(row, text_prefix(task, reader, row.parameters))
         return _Job(index, row, task, encoded, answer, version)

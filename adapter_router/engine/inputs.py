@@ -203,7 +203,7 @@ class TextEncoder:
             encoded.encodings[0],
             unk_token_id=tokenizer.unk_token_id,
             cls_token_id=tokenizer.cls_token_id,
-            marks_pieces=getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) is not None,
+            marks_pieces=bool(getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)),
         )
 
     def _with_decoder(self, features: dict[str, Array]) -> dict[str, Array]:

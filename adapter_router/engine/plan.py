@@ -53,6 +53,7 @@ class BatchPlan:
             self.segments.append(Segment(start, stop, first.adapter, first.task))
             start = stop
         self._masked = any(row.active_from is not None for row in rows)
+        self._replaced = {path for s in self.segments if s.adapter for path in s.adapter.heads}
 
     @property
     def is_uniform(self) -> bool:
@@ -66,9 +67,9 @@ class BatchPlan:
 
     def heads(self, path: str) -> list[tuple[Head | None, list[Segment]]] | None:
         """Who runs the module ``path`` on which rows: an adapter's own, or None for the base's; None when all are."""
-        own = [(s.adapter.heads[path], [s]) for s in self.segments if s.adapter and path in s.adapter.heads]
-        if not own:
+        if path not in self._replaced:
             return None
+        own = [(s.adapter.heads[path], [s]) for s in self.segments if s.adapter and path in s.adapter.heads]
         shared = [s for s in self.segments if s.adapter is None or path not in s.adapter.heads]
         return [(None, shared), *own] if shared else [*own]
 

@@ -11,9 +11,20 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest
-from deployments.api import adapters, classify, operation
+from deployments.api import (
+    adapters,
+    classify,
+    embeddings,
+    image_classify,
+    operation,
+    question_answer,
+    score,
+    token_classify,
+)
 
 logger = logging.getLogger(__name__)
+
+_DIALECTS = (classify, token_classify, image_classify, question_answer, embeddings, score, adapters, operation)
 
 # What the framework itself answers: status -> (type, code).
 _HTTP_ERRORS = {
@@ -26,7 +37,7 @@ _HTTP_ERRORS = {
 def build_http() -> FastAPI:
     """The application that Serve mounts on the router."""
     http = FastAPI(title="adapter-router", redoc_url=None, default_response_class=AsciiJSONResponse)
-    for dialect in (classify, adapters, operation):
+    for dialect in _DIALECTS:
         http.include_router(dialect.routes)
     http.add_exception_handler(AdapterRouterError, _on_error)
     http.add_exception_handler(RequestValidationError, _on_invalid_body)

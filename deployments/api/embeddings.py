@@ -1,0 +1,63 @@
+"""``POST /v1/embeddings`` in OpenAI's shape; pooling and prefix are the adapter's own."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from pydantic import Field
+
+from adapter_router.errors import InvalidRequest
+from adapter_router.types import Embedding, Row, RowResult
+from deployments.api.envelope import TextOrTokens, TextRequest, answer, envelope, split_inputs
+from deployments.router import Router, current_router
+
+routes = APIRouter()
+
+
+class EmbeddingsRequest(TextRequest):
+    """OpenAI's request; ``base64`` is of little-endian float32."""
+
+    input: TextOrTokens
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    normalize: bool | None = None
+
+    def rows(self) -> list[Row]:
+        """One row for each input."""
+        parameters = {
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
+            "dimensions": self.dimensions,
+            "normalize": self.normalize,
+        }
+        return [Row(inputs, self.adapter, "embedding", parameters) for inputs in split_inputs(self.input)]
+
+
+@routes.post("/v1/embeddings")
+async def embeddings(request: EmbeddingsRequest, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
+    """Embed every input with one adapter."""
+    results = await answer(router, request.rows())
+    vectors = [vector(result) for result in results]
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _encoded(values) if request.encoding_format == "base64" else values,
+        }
+        for index, values in enumerate(vectors)
+    ]
+    return envelope("embd", request, results, data=data)
+
+
+def vector(result: RowResult) -> list[float] | list[list[float]]:
+    """What a row of task ``embedding`` answered."""
+    return cast(Embedding, result.output)["embedding"]
+
+
+def _encoded(values: list[float] | list[list[float]]) -> str:
+    array = np.asarray(values, dtype="<f4")
+    if array.ndim != 1:  # the shape would be lost, and readers take what comes for one vector
+        raise InvalidRequest("this adapter gives one vector a token; ask for encoding_format float", "encoding_format")
+    return base64.b64encode(array.tobytes()).decode()

@@ -1,0 +1,85 @@
+"""What every dialect's bodies share: who is asked, for whom, and what comes around the answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapter_router.errors import AdapterRouterError
+from adapter_router.types import Inputs, Row, RowResult
+from deployments.router import Router
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1)]
+TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+
+
+class AdapterRequest(BaseModel):
+    """``model`` is an adapter's name, the base's, or absent for the base; ``user`` is accepted and ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    user: str | None = None
+    request_id: str | None = None
+
+    @property
+    def adapter(self) -> str | None:
+        return self.model or None
+
+
+class TextRequest(AdapterRequest):
+    truncate_prompt_tokens: int | None = None
+
+
+def split_inputs(value: TextOrTokens) -> list[Inputs]:
+    """The inputs of one request: a text, token ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value[0], int):
+        return [{"input_ids": np.asarray(value)}]
+    return [entry if isinstance(entry, str) else {"input_ids": np.asarray(entry)} for entry in value]
+
+
+async def answer(router: Router, rows: Sequence[Row]) -> list[RowResult]:
+    """Results of ``rows``. Raises the error of the first that failed."""
+    results = []
+    for outcome in await router.infer_many(rows):
+        if isinstance(outcome, AdapterRouterError):
+            raise outcome
+        results.append(outcome)
+    return results
+
+
+def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /, **content: Any) -> dict[str, Any]:
+    """The whole body of an answer around ``content``: vLLM's fields, and which adapter version said it."""
+    tokens = sum(result.num_tokens for result in results)
+    return {
+        "id": f"{kind}-{request.request_id or uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": request.model,
+        **content,
+        "usage": {
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
+        "adapter": {
+            "name": results[0].adapter,
+            "version": results[0].version,
+            "replicas": sorted({result.replica or "" for result in results}),
+        },
+    }
+
+
+def indexed(results: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """Each answer with its place in the request."""
+    return [{"index": index, **result.output} for index, result in enumerate(results)]

@@ -1,0 +1,149 @@
+"""One engine, many adapters of different kinds on its base, and how its answers compare with PEFT alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from adapter_router.config import EngineConfig
+from adapter_router.engine import Engine
+from adapter_router.errors import AdapterRejected
+from adapter_router.types import Row, RowResult, TaskKind
+from tests.parity.bases import ARCHITECTURES, Base
+from tests.parity.build import RECIPES, Adapter, build
+from tests.parity.configs import generator
+from tests.parity.oracle import Features, random_inputs, run
+
+TOLERANCE = 2e-4
+LEAST_EFFECT = 1e-2
+SEEDS = range(5)
+PER_BASE = int(os.environ.get("PARITY_PER_BASE", "14"))
+"""Adapters on one base of one seed; 100 is every recipe there is."""
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, bytes]:
+    """Every weight, byte for byte."""
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+        if tensor.dim()
+    }
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Fails when the base's weights are not bit for bit what they were."""
+    before = weights_of(model)
+    yield
+    after = weights_of(model)
+    assert [name for name in before if before[name] != after.get(name)] == []
+
+
+def start(base: Base, dtype: str = "float32") -> Engine:
+    return Engine(EngineConfig(base=str(base.directory), device="cpu", dtype=dtype))
+
+
+def recipes_for(base: Base) -> Iterator[str]:
+    """All recipes in an order of this architecture and task; each seed starts at another fifth."""
+    names = sorted(RECIPES)
+    generator(base.architecture.name, base.task).shuffle(names)
+    first = base.seed * len(names) // len(SEEDS)
+    yield from names[first:] + names[:first]
+
+
+def adapters_on(base: Base, root: Path, names: Iterable[str] | None = None, limit: int = PER_BASE) -> list[Adapter]:
+    """Up to ``limit`` adapters that have a meaning on ``base``, of the recipes ``names`` or of this seed's share."""
+    adapters: list[Adapter] = []
+    for name in names or recipes_for(base):
+        adapter = build(base, RECIPES[name], root / f"{base.task}-{name}")
+        if adapter is not None:
+            adapters.append(adapter)
+        if len(adapters) == limit:
+            break
+    return adapters
+
+
+def row_of(adapter: Adapter | None, base: Base, features: Features) -> Row:
+    parameters = {"pooling": "none"} if base.task == "embedding" else {}
+    if adapter is None:
+        return Row(features, None, task=base.task, parameters=parameters)
+    return Row(features, _key(adapter), parameters=parameters)
+
+
+def _key(adapter: Adapter) -> str:
+    return f"{adapter.site.base.task}-{adapter.name}"
+
+
+def close(logits: np.ndarray, expected: np.ndarray) -> bool:
+    """Within the tolerance, relative to the largest logit where that is above 1."""
+    if logits.shape != expected.shape:
+        return False
+    return bool(np.abs(logits - expected).max() <= TOLERANCE * max(1.0, float(np.abs(expected).max())))
+
+
+@dataclass
+class World:
+    """``refused``: adapters that the engine would not load, by name, with its reasons. ``problems``: what is wrong."""
+
+    engine: Engine
+    rng: Random
+    adapters: list[Adapter] = field(default_factory=list)
+    refused: dict[str, Sequence[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def load(self, adapters: Iterable[Adapter]) -> None:
+        for adapter in adapters:
+            try:
+                report = self.engine.load_adapter(_key(adapter), adapter.directory, task=adapter.task)
+            except AdapterRejected as error:
+                self.refused[adapter.name] = error.problems
+                continue
+            if report.version.task != adapter.site.base.task:
+                self.problems.append(f"{_key(adapter)} was taken for {report.version.task}")
+            self.adapters.append(adapter)
+
+    def check(self, bases: Sequence[Base], share: float = 1.0) -> None:
+        """One batch: every row another adapter, in random order, bare rows where a base has a trained head."""
+        chosen: list[Adapter | Base] = self.rng.sample(self.adapters, max(1, round(share * len(self.adapters))))
+        chosen += [base for base in bases if base.trained_head]
+        self.rng.shuffle(chosen)
+        rows, expected = [], []
+        for who in chosen:
+            adapter = who if isinstance(who, Adapter) else None
+            base = who.site.base if isinstance(who, Adapter) else who
+            planted = adapter.planted if adapter and (share == 1.0 or self.rng.random() < 0.5) else ()
+            features = random_inputs(base, self.rng, planted)
+            rows.append(row_of(adapter, base, features))
+            expected.append(
+                adapter.logits(features) if adapter else run(base.pristine(base.labels), [features], base.task)[0]
+            )
+            if adapter and share == 1.0:
+                self._check_effect(adapter, features, expected[-1])
+        for row, result, right in zip(rows, self.engine.infer(rows), expected, strict=True):
+            self._compare(row, result, right)
+
+    def _check_effect(self, adapter: Adapter, features: Features, right: np.ndarray) -> None:
+        without = run(adapter.head_only, [features], adapter.site.base.task)[0]
+        if adapter.recipe.changes and np.abs(right - without).max() < LEAST_EFFECT:
+            self.problems.append(f"{_key(adapter)} is no test: it changes nothing")
+
+    def _compare(self, row: Row, result: object, right: np.ndarray) -> None:
+        who = row.adapter or f"bare {row.task}"
+        if not isinstance(result, RowResult):
+            self.problems.append(f"{who}: {type(result).__name__}: {result}")
+        elif not close(result.logits, right):
+            difference = (
+                np.abs(result.logits - right).max() if result.logits.shape == right.shape else result.logits.shape
+            )
+            self.problems.append(f"{who}: off by {difference} of {np.abs(right).max():.3g}, shape {right.shape}")
+
+
+def make_base(architecture: str, task: TaskKind, seed: int, root: Path) -> Base:
+    return Base(ARCHITECTURES[architecture], task, seed, root / "base")
