@@ -103,7 +103,8 @@ def test_article_1_saved_modules_are_the_adapters_own(order: tuple[str, str], tm
     alone = {}
     for seed, (name, modules) in enumerate(saved.items()):
         torch.manual_seed(seed)
-        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], modules_to_save=modules, fan_in_fan_out=True)
+        fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["c_attn"], "fan_in_fan_out": True}
+        lora = LoraConfig(modules_to_save=modules, **fields)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
         with torch.no_grad():
             for parameter in model.parameters():

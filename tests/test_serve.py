@@ -162,7 +162,7 @@ def test_a_refused_adapter_lists_every_problem_and_hurts_nobody(app: Application
     status, answer = post(app, "/v1/load_lora_adapter", lora_name="bad", lora_path=str(bad))
     problems = "\n".join(answer["error"]["problems"])
     assert status == 422 and answer["error"]["code"] == "adapter_invalid"
-    for fragment in ("use_dora", "lora_alpha", "word_embeddings", "has shape [8, 100]"):
+    for fragment in ("lora_magnitude_vector is missing", "lora_alpha", "word_embeddings", "has shape [8, 100]"):
         assert fragment in problems
     assert post(app, "/v1/classify", model="bad", input="x")[0] == 404
     for old, new in zip(before, app.infer_many(TENANT_ROWS), strict=True):

@@ -49,6 +49,8 @@ class Coverage:
         self._base = base
         self._naming = naming
         self._problems = problems
+        self._lacking: dict[str, list[str]] = defaultdict(list)
+        self._surplus: dict[str, list[str]] = defaultdict(list)
         self.warnings: list[str] = []
         self.targets: dict[Target, Roles] = {}
         self.experts: dict[str, Expert] = {}
@@ -76,6 +78,7 @@ class Coverage:
         for path, present in roles.items():
             if path in self._base.targets and self._base.targets[path].kind in self._method.kinds:
                 self._check_target(path, present, before)
+        self._report_incomplete()
         if set(self._method.shared) - set(found.shared):
             self._problems.append(
                 f"tensors are missing: {listed(sorted(set(self._method.shared) - set(found.shared)))}"
@@ -150,22 +153,27 @@ class Coverage:
             self._problems.append(f"{self._config.peft_type} cannot act on {path}, in PEFT neither")
             return
         wanted = set(expected) | ({"a0", "b0"} if before is not None else set())
-        if absent := sorted(wanted - set(shapes)):
-            self._problems.append(f"{path} lacks {self._suffixes(absent)}")
-        if surplus := sorted(set(shapes) - wanted):
-            self._problems.append(f"{path} has {self._suffixes(surplus)}, which its configuration does not call for")
+        for role in wanted - set(shapes):
+            self._lacking[self._suffix(role)].append(path)
+        for role in set(shapes) - wanted:
+            self._surplus[self._suffix(role)].append(path)
         for role in sorted(wanted & set(shapes) & set(expected)):
             if shapes[role] != tuple(expected[role]) and not self._config.matcher.problems:
-                self._misshaped(f"{path}.{self._suffixes([role])}", shapes[role], expected[role])
+                self._misshaped(f"{path}.{self._suffix(role)}", shapes[role], expected[role])
         overlaps = self._config.overlapping_patterns(spelled)
         if overlaps:
             self.warnings.append(f"{path}: patterns {overlaps} also match; the first in the file was taken, as in PEFT")
         self.targets[target] = present
 
-    def _suffixes(self, roles: Iterable[str]) -> str:
-        """Roles as the file spells them."""
-        spelled = {role: suffix for suffix, role in reversed(list(self._method.roles.items()))}
-        return "/".join(spelled.get(role, role) for role in roles)
+    def _suffix(self, role: str) -> str:
+        """A role as the file spells it."""
+        return next((suffix for suffix, known in self._method.roles.items() if known == role), role)
+
+    def _report_incomplete(self) -> None:
+        for suffix, paths in sorted(self._lacking.items()):
+            self._problems.append(f"{suffix} is missing on {_modules(paths)}")
+        for suffix, paths in sorted(self._surplus.items()):
+            self._problems.append(f"{suffix} is there on {_modules(paths)}, but the configuration does not call for it")
 
     # -- experts -------------------------------------------------------------------------------------------------
 
@@ -371,7 +379,7 @@ class Coverage:
                 if tuple(saved[name].shape) != shape:
                     self._misshaped(name, tuple(saved[name].shape), shape)
                 self.saved[root][name.removeprefix(root + ".")] = saved[name]
-        random = sorted(self._base.untrained - saved.keys())
+        random = sorted(name for name in self._base.untrained - saved.keys() if self._saved_root(name) is None)
         if random:
             self._problems.append(
                 f"neither the base nor the adapter holds {listed(random)}; "
@@ -416,6 +424,10 @@ class Coverage:
 
     def _misshaped(self, name: str, actual: Shape, expected: Shape) -> None:
         self._problems.append(f"{name} has shape {list(actual)}, this base and config need {list(expected)}")
+
+
+def _modules(paths: list[str]) -> str:
+    return f"{len(paths)} module{'s' if len(paths) > 1 else ''}: {listed(sorted(paths))}"
 
 
 def _tail(path: str, name: str) -> bool:
