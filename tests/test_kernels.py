@@ -123,8 +123,8 @@ def test_every_row_runs_through_one_head() -> None:
     own = torch.nn.Linear(2, 2)
     with_head, without = adapter_of("with", heads={"classifier": own}), adapter_of("without")
     plan = BatchPlan([plan_row(a) for a in (None, without, without, with_head, with_head)])
-    assert plan.heads("pooler") is None
-    groups = plan.heads("classifier")
+    assert plan.groups("pooler") is None
+    groups = plan.groups("classifier")
     assert [(head is own, [(s.start, s.stop) for s in segments]) for head, segments in groups or []] == [
         (False, [(0, 1), (1, 3)]),
         (True, [(3, 5)]),

@@ -205,7 +205,7 @@ class Coverage:
         }
         for name, roles in found.targets.items():
             path = self._naming.actual(name)
-            if path in owners and not self._config.targets(name):
+            if path is not None and path in owners and not self._config.targets(name):
                 layers.setdefault(path, {})[0] = roles
         return layers
 
@@ -260,9 +260,9 @@ class Coverage:
             if path is None:
                 continue
             self._check_token_rows(path, wanted[path], rows)
-        if self._base.embedding in self.tokens:
-            for path in self._base.tied:
-                self.tokens.setdefault(path, self.tokens[self._base.embedding])
+        replaced = self.tokens.get(self._base.embedding or "")
+        if replaced is not None:
+            self.tokens = {**dict.fromkeys(self._base.tied, replaced), **self.tokens}
 
     def _token_ids(self, indices: Any, name: str) -> tuple[int, ...]:
         if isinstance(indices, dict):

@@ -20,6 +20,7 @@ class ModuleDelta:
 
     ``a`` (rank, in), ``b`` (out, rank); for a convolution the kernels of the two it becomes, for an embedding
     (rank, vocabulary) and (features, rank). ``dense`` D (out, in). ``gain``, ``shift`` (out,); ``input_scale`` (in,).
+    ``active_shift`` is added only where an aLoRA adapter is active.
     ``token_rows`` (n, features) replace rows ``token_ids`` of an embedding; of an output layer they replace rows of its
     weight, which then has no bias (PEFT's rule). ``a2``, ``b2``: of an attention's output projection.
     ``uncertainty``: relative error of what was derived from the base's weights.
@@ -31,6 +32,7 @@ class ModuleDelta:
     dense: torch.Tensor | None = None
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    active_shift: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     token_rows: torch.Tensor | None = None

@@ -194,8 +194,8 @@ class BaseModel:
         return PreparedTask(model, spec, weights, watched, shares)
 
     def _batch_of(self, count: int) -> Batch:
-        """Sample rows of one length."""
-        return self._collate(self.encoder.samples(count, _TOKENS))
+        """Sample rows, padded: a batch without padding would leave masks out."""
+        return self._collate(self.encoder.samples(count, None))
 
     def _collate(self, rows: Sequence[EncodedRow]) -> Batch:
         features = self.encoder.collate(rows, self.device)

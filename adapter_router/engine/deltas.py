@@ -82,6 +82,8 @@ def change_linear(
     mask = changes.plan.token_mask(x_rows.shape[1], x.device)
     add_lora(y_rows, x_rows if mask is None else x_rows * mask, changes.lora(), changes.scratch)
     for segment, delta in changes:
+        if delta.active_shift is not None and mask is not None:
+            y_rows[segment.start : segment.stop] += delta.active_shift * mask[segment.start : segment.stop]
         if not delta.is_plain:
             _finish_linear(y_rows[segment.start : segment.stop], x_rows[segment.start : segment.stop], delta)
     return y.to(base.dtype)

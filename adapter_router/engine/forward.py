@@ -122,6 +122,7 @@ def bisected(
             adapter = works[0].adapter
             logger.exception("a row of adapter %s failed", adapter.digest if adapter else None)
             return [InternalError(f"the forward pass failed: {type(error).__name__}")]
+        logger.warning("a batch of %d rows failed, running its halves", len(works), exc_info=True)
         middle = len(works) // 2
         return bisected(works[:middle], run) + bisected(works[middle:], run)
 

@@ -15,6 +15,9 @@ from torch import nn
 from adapter_router.engine.deltas import Changes, change_for
 from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
 from adapter_router.engine.probe import RowArguments
+from adapter_router.engine.resident import Head
+
+Groups = Sequence[tuple[Head | None, Sequence[Segment]]]
 
 
 class GroupedModule:
@@ -38,9 +41,9 @@ class GroupedModule:
         plan = self._active.plan
         if plan is None:
             return self._base_forward(*args, **kwargs)
-        heads = plan.heads(self._path)
-        if heads is not None:
-            return self._run_heads(plan, heads, args, kwargs)
+        groups = plan.groups(self._path)
+        if groups is not None:
+            return self._run_groups(plan, groups, args, kwargs)
         deltas = plan.deltas(self._path)
         if deltas is None:
             return self._base_forward(*args, **kwargs)
@@ -48,13 +51,13 @@ class GroupedModule:
         blocks = plan if self._rows is not None else plan.as_one_block()
         return self._change(self._base_forward, args, kwargs, Changes(deltas, blocks, self._active.scratch))
 
-    def _run_heads(self, plan: BatchPlan, heads: Any, args: Any, kwargs: Any) -> Any:
-        if len(heads) == 1 and heads[0][0] is not None:
-            return self._run_head(heads[0][0], args, kwargs)
+    def _run_groups(self, plan: BatchPlan, groups: Groups, args: Any, kwargs: Any) -> Any:
+        if len(groups) == 1:
+            return self._run_head(groups[0][0], args, kwargs)
         self._check_rows(plan)
         assert self._rows is not None
         outputs = []
-        for head, segments in heads:
+        for head, segments in groups:
             own_args, own_kwargs = self._rows.select(args, kwargs, segments, plan.num_rows)
             if head is not None:
                 outputs.append((segments, self._run_head(head, own_args, own_kwargs)))
@@ -74,11 +77,21 @@ class GroupedModule:
             raise RuntimeError(f"{self._path} cannot tell rows apart, but the batch has {len(plan.segments)} adapters")
 
 
-def _join(outputs: Sequence[tuple[Sequence[Segment], torch.Tensor]], num_rows: int) -> torch.Tensor:
+def _join(outputs: Sequence[tuple[Sequence[Segment], Any]], num_rows: int) -> Any:
+    """Groups' answers, tensors or tuples of them, as the answer of all rows."""
+    first = outputs[0][1]
+    if not isinstance(first, tuple):
+        return _join_tensors(outputs, num_rows)
+    columns = [[(segments, answer[place]) for segments, answer in outputs] for place in range(len(first))]
+    return tuple(None if column[0][1] is None else _join_tensors(column, num_rows) for column in columns)
+
+
+def _join_tensors(outputs: Sequence[tuple[Sequence[Segment], torch.Tensor]], num_rows: int) -> torch.Tensor:
     first_segments, first = outputs[0]
     per_row = first.shape[0] // sum(s.stop - s.start for s in first_segments)
     width = max(output.shape[-1] for _, output in outputs)
-    joined = first.new_full((num_rows * per_row, *first.shape[1:-1], width), float("nan"))
+    padding = float("nan") if first.is_floating_point() else 0  # indices are never ragged
+    joined = first.new_full((num_rows * per_row, *first.shape[1:-1], width), padding)
     for segments, output in outputs:
         offset = 0
         for segment in segments:

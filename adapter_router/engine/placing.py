@@ -41,10 +41,12 @@ def place(
         if path not in attention
     }
     touched = {*deltas, *heads}
-    solo = any(path not in prepared.watched.rows or path == prepared.spec.backbone for path in touched)
-    if solo and adapter.invocation:
+    mixing = {path for path in touched if path not in prepared.watched.rows or path == prepared.spec.backbone}
+    if mixing and adapter.invocation:
         raise AdapterRejected.because(["alora_invocation_tokens act where this base does not keep rows apart"])
-    for path in touched:
+    around = {_keeper(path, prepared) for path in mixing}
+    isolated = {path for path in around if path is not None}
+    for path in touched | isolated:
         base.group(adapter.task, path)
     return ResidentAdapter(
         digest=digest,
@@ -54,10 +56,20 @@ def place(
         num_labels=adapter.num_labels,
         num_bytes=num_bytes,
         max_rank=max((d.rank for d in deltas.values()), default=0),
-        solo=solo,
+        isolated=frozenset(base.plan_path(adapter.task, path) for path in isolated),
+        solo=None in around,
         caches=any(hasattr(m, "layer_idx") for h in heads.values() if isinstance(h, nn.Module) for m in h.modules()),
         invocation=adapter.invocation,
     )
+
+
+def _keeper(path: str, prepared: PreparedTask) -> str | None:
+    """The smallest module around ``path`` that keeps rows apart; None where only the whole model does."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in prepared.watched.rows and path != prepared.spec.backbone:
+            return path
+    return None
 
 
 def _kind(prepared: PreparedTask, path: str) -> str | None:

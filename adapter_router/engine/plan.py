@@ -53,7 +53,7 @@ class BatchPlan:
             self.segments.append(Segment(start, stop, first.adapter, first.task))
             start = stop
         self._masked = any(row.active_from is not None for row in rows)
-        self._replaced = {path for s in self.segments if s.adapter for path in s.adapter.heads}
+        self._apart = {p for s in self.segments if s.adapter for p in (*s.adapter.heads, *s.adapter.isolated)}
 
     @property
     def is_uniform(self) -> bool:
@@ -65,13 +65,26 @@ class BatchPlan:
         deltas = [s.adapter.deltas.get(path) if s.adapter else None for s in self.segments]
         return deltas if any(deltas) else None
 
-    def heads(self, path: str) -> list[tuple[Head | None, list[Segment]]] | None:
-        """Who runs the module ``path`` on which rows: an adapter's own, or None for the base's; None when all are."""
-        if path not in self._replaced:
+    def groups(self, path: str) -> list[tuple[Head | None, list[Segment]]] | None:
+        """Which rows go through the module ``path`` apart from others, and what runs there: an adapter's own, or None.
+
+        None altogether when the base's module may have all rows at once.
+        """
+        if path not in self._apart:
             return None
-        own = [(s.adapter.heads[path], [s]) for s in self.segments if s.adapter and path in s.adapter.heads]
-        shared = [s for s in self.segments if s.adapter is None or path not in s.adapter.heads]
-        return [(None, shared), *own] if shared else [*own]
+        groups: list[tuple[Head | None, list[Segment]]] = []
+        shared = []
+        for segment in self.segments:
+            adapter = segment.adapter
+            if adapter is not None and path in adapter.heads:
+                groups.append((adapter.heads[path], [segment]))
+            elif adapter is not None and path in adapter.isolated:
+                groups.append((None, [segment]))
+            else:
+                shared.append(segment)
+        if shared:
+            groups.insert(0, (None, shared))
+        return None if len(groups) == 1 and groups[0][0] is None else groups
 
     def tasks(self) -> dict[TaskKind, list[Segment]]:
         """Segments by task."""

@@ -26,8 +26,11 @@ _CHANGED = 1  # the row that differs between two otherwise equal batches
 
 
 class _Bounds(Protocol):
-    start: int
-    stop: int
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class RowArguments:
             pieces = [value[s.start * per_row : s.stop * per_row] for s in segments]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-        chosen = [cut(value) if index in self.positions else value for index, value in enumerate(args)]
-        return chosen, {name: cut(value) if name in self.names else value for name, value in kwargs.items()}
+        def own(value: Any, has_rows: bool) -> Any:
+            return cut(value) if has_rows and isinstance(value, torch.Tensor) else value
+
+        chosen = [own(value, index in self.positions) for index, value in enumerate(args)]
+        return chosen, {name: own(value, name in self.names) for name, value in kwargs.items()}
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,10 @@ class WatchedModules:
 
 @dataclass(frozen=True)
 class _Call:
-    """Tensors that one call was given, and its answer; keys of ``given`` are positions and names."""
+    """Tensors that one call was given, by position or name, and those of its answer if it has no others."""
 
     given: Mapping[int | str, torch.Tensor]
-    answer: Any
+    answer: Sequence[torch.Tensor]
 
 
 def watch_modules(model: nn.Module, batch: Callable[[int], Batch], run: Callable[[Batch], Any]) -> WatchedModules:
@@ -110,8 +116,7 @@ def _record(model: nn.Module, features: Batch, run: Callable[[Batch], Any]) -> d
             values: dict[int | str, Any] = dict(enumerate(args))
             values.update(kwargs)
             given = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
-            copy = answer.clone() if isinstance(answer, torch.Tensor) else answer
-            calls.setdefault(path, []).append(_Call(given, copy))
+            calls.setdefault(path, []).append(_Call(given, [part.clone() for part in answer_tensors(answer) or []]))
 
         return hook
 
@@ -126,7 +131,8 @@ def _record(model: nn.Module, features: Batch, run: Callable[[Batch], Any]) -> d
 
 
 def _row_arguments(few: _Call, more: _Call, other: _Call) -> RowArguments | None:
-    if not (_grows(few.answer, more.answer) and _keeps_rows_apart(few.answer, other.answer)):
+    answers = list(zip(few.answer, more.answer, other.answer, strict=False))
+    if not answers or not all(_grows(a, b) and _keeps_rows_apart(a, c) for a, b, c in answers):
         return None
     growing = {key for key, value in few.given.items() if key in more.given and _grows(value, more.given[key])}
     first = next(iter(few.given), None)
@@ -138,9 +144,17 @@ def _row_arguments(few: _Call, more: _Call, other: _Call) -> RowArguments | None
     )
 
 
-def _grows(few: Any, more: Any) -> bool:
+def answer_tensors(answer: Any) -> list[torch.Tensor] | None:
+    """The tensors of a module's answer: one, or a tuple's; None for any other kind of answer."""
+    if isinstance(answer, torch.Tensor):
+        return [answer]
+    plain = type(answer) is tuple and all(part is None or isinstance(part, torch.Tensor) for part in answer)
+    return [part for part in answer if part is not None] if plain else None
+
+
+def _grows(few: torch.Tensor, more: torch.Tensor) -> bool:
     """Whether a leading dimension is a fixed number of entries for each row."""
-    if not (isinstance(few, torch.Tensor) and isinstance(more, torch.Tensor)) or few.dim() < 2:
+    if few.dim() < 2 or few.dim() != more.dim():
         return False
     return few.shape[0] % _FEW == 0 and few.shape[0] // _FEW * _MORE == more.shape[0]
 

@@ -32,6 +32,7 @@ class DeviceDelta:
     dense: torch.Tensor | None = None
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    active_shift: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     token_rows: torch.Tensor | None = None
@@ -39,7 +40,7 @@ class DeviceDelta:
     @property
     def is_plain(self) -> bool:
         """Whether it is low-rank and nothing else."""
-        rest = (self.dense, self.gain, self.shift, self.input_scale, self.token_ids)
+        rest = (self.dense, self.gain, self.shift, self.active_shift, self.input_scale, self.token_ids)
         return all(tensor is None for tensor in rest)
 
     @classmethod
@@ -64,6 +65,7 @@ class DeviceDelta:
             dense=None if delta.dense is None else place(delta.dense.t()),
             gain=place(delta.gain),
             shift=place(delta.shift),
+            active_shift=place(delta.active_shift),
             input_scale=place(delta.input_scale),
             token_ids=None if delta.token_ids is None else delta.token_ids.to(device),
             token_rows=place(delta.token_rows),
@@ -95,7 +97,8 @@ class ChangedModule:
 class ResidentAdapter:
     """``deltas`` and ``heads`` by the path of the base module they act on; a head runs in the module's place.
 
-    ``solo``: it acts where rows cannot be told apart, so that its rows run in a batch of their own.
+    ``isolated``: modules that must run its rows apart from others', because inside them rows cannot be told apart;
+    ``solo``: no module can, so that its rows run in a batch of their own.
     ``caches``: a head of it writes to the KV cache. ``invocation``: tokens from which on it is active.
     """
 
@@ -106,6 +109,7 @@ class ResidentAdapter:
     num_labels: int
     num_bytes: int
     max_rank: int
+    isolated: frozenset[str] = frozenset()
     solo: bool = False
     caches: bool = False
     invocation: tuple[int, ...] = ()

@@ -139,27 +139,36 @@ def _block_sides(target: Target) -> list[str]:
 
 
 def _delta(target: Target, tensors: Mapping[str, torch.Tensor], weights: Weights) -> ModuleDelta:
-    config = target.config
-    document = config.document
-    rank = config.rank_of(target.path)
-    scaling = config.scaling_of(target.path, rank)
+    document = target.config.document
+    scaling = target.config.scaling_of(target.path, target.config.rank_of(target.path))
+    a, b = _whole_factors(target, tensors)
+    plain = ModuleDelta(a=a, b=b, scaling=scaling, a2=tensors.get("a2"), b2=tensors.get("b2"))
+    if "b_bias" in tensors:
+        shift = tensors["b_bias"].float() * scaling
+        activated = bool(document.get("alora_invocation_tokens"))
+        plain = replace(plain, active_shift=shift) if activated else replace(plain, shift=shift)
+    delta = _without(plain, _taken_from_base(target, tensors, weights))
+    return _with_magnitude(target, delta, tensors["magnitude"], weights) if "magnitude" in tensors else delta
+
+
+def _whole_factors(target: Target, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B without diagonal blocks and KaSA's diagonal."""
     a, b = tensors["a"], tensors["b"]
     for side in _block_sides(target):
-        count = document["use_bdlora"]["nblocks"]
+        count = target.config.document["use_bdlora"]["nblocks"]
         a, b = (_unblocked(a, count), b) if side == "a" else (a, _unblocked(b, count))
-    if document.get("kasa_config"):
-        a, b = a.float() * tensors["diag"].float()[:, None], b.float()
-    taken = _taken_from_base(target, tensors, weights)
-    if taken is not None:
-        a = torch.cat([a.float(), taken.a.float()])
-        b = torch.cat([b.float() * scaling, -taken.b.float()], dim=1)
-        scaling = 1.0
-    shift = tensors["b_bias"].float() * scaling if "b_bias" in tensors else None
-    extra = {"a2": tensors.get("a2"), "b2": tensors.get("b2")} if target.spec.kind == "attention" else {}
-    delta = ModuleDelta(
-        a=a, b=b, scaling=scaling, shift=shift, uncertainty=taken.uncertainty if taken else 0.0, **extra
-    )
-    return _with_magnitude(target, delta, tensors["magnitude"], weights) if "magnitude" in tensors else delta
+    if "diag" in tensors:
+        a = a.float() * tensors["diag"].float()[:, None]
+    return a, b
+
+
+def _without(delta: ModuleDelta, taken: Factors | None) -> ModuleDelta:
+    """``delta`` less what training took out of the base: twice the rank, the scaling folded in."""
+    if taken is None or delta.a is None or delta.b is None:
+        return delta
+    a = torch.cat([delta.a.float(), taken.a.float()])
+    b = torch.cat([delta.b.float() * delta.scaling, -taken.b.float()], dim=1)
+    return replace(delta, a=a, b=b, scaling=1.0, uncertainty=taken.uncertainty)
 
 
 def _taken_from_base(target: Target, tensors: Mapping[str, torch.Tensor], weights: Weights) -> Factors | None:
