@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the process' exit status."""
     parser = argparse.ArgumentParser(prog="adapter-router", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="four real tenants on a real base: mixed answers, proven right")
+    demo = commands.add_parser("demo", help="nine real tenants on two bases: mixed answers, proven right")
     demo.add_argument("--port", type=int, default=8000)
     serve = commands.add_parser("serve", help="serve a config on this machine until interrupted")
     serve.add_argument("config", nargs="?", default=_DEFAULT_CONFIG, help="a Serve config file (default: %(default)s)")
@@ -73,14 +73,17 @@ def _doctor(directory: str, base: str, *, as_json: bool, canary: bool) -> int:
 def _serve(config: str, host: str, port: int) -> int:
     path = Path(resolve(config))
     try:
-        app_args = read_config(path)
+        apps = read_config(path)
     except (OSError, ValueError, KeyError) as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2
-    print(f"starting {app_args.replicas} replicas of {app_args.base}; Ctrl-C stops", flush=True)
+    for app in apps:
+        print(f"starting {app.args.replicas} replicas of {app.args.base} at {app.route_prefix}", flush=True)
     with local_ray(port, host, log_to_stderr=True):
-        deploy(app_args)
-        print(f"serving on http://{host}:{port} - try GET /v1/models, POST /v1/classify, GET /metrics", flush=True)
+        for app in apps:
+            deploy(app.args, app.name, app.route_prefix)
+        print(f"serving on http://{host}:{port} - try GET /v1/models, POST /v1/classify, GET /metrics; ", end="")
+        print("Ctrl-C stops", flush=True)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -43,13 +44,24 @@ def local_ray(port: int, host: str = "127.0.0.1", *, log_to_stderr: bool = False
         ray.shutdown()
 
 
-def deploy(args: AppArgs) -> serve.handle.DeploymentHandle:
-    """Start the application and wait until it answers."""
-    return serve.run(build(args), name=APP_NAME, route_prefix="/")
+@dataclass(frozen=True)
+class ConfiguredApp:
+    """One application of a Serve config file."""
+
+    name: str
+    route_prefix: str
+    args: AppArgs
 
 
-def read_config(path: Path) -> AppArgs:
-    """The arguments of our application in a Serve config file. Raises ValueError with pydantic's findings."""
+def deploy(args: AppArgs, name: str = APP_NAME, route_prefix: str = "/") -> serve.handle.DeploymentHandle:
+    """Start an application and wait until it answers."""
+    return serve.run(build(args), name=name, route_prefix=route_prefix)
+
+
+def read_config(path: Path) -> list[ConfiguredApp]:
+    """Our applications in a Serve config file, a base each. Raises ValueError with pydantic's findings."""
     document = yaml.safe_load(path.read_text())
-    (application,) = document["applications"]
-    return AppArgs(**application["args"])
+    return [
+        ConfiguredApp(entry.get("name", APP_NAME), entry.get("route_prefix", "/"), AppArgs(**entry["args"]))
+        for entry in document["applications"]
+    ]

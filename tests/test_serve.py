@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from adapter_router.catalog.location import resolve
 from adapter_router.types import Row, RowResult
-from deployments.demo.tenants import ADAPTERS, BASE, SAMPLES
+from deployments.demo.tenants import ADAPTERS, BASE, IMAGE_TENANTS, SAMPLES
 from tests.serving import Application, serve_pids, wait_for
 from tests.tiny import edit_config
 
@@ -259,17 +259,20 @@ def _random_adapter(directory: Path, seed: int) -> Path:
     return directory
 
 
-def test_a_serve_config_starts_the_same_application(app: Application, tmp_path: Path) -> None:
-    """The way of `serve deploy` and KubeRay: the controller imports `deployments.app:build`."""
+def test_a_serve_config_starts_a_second_base_beside_the_first(app: Application, tmp_path: Path) -> None:
+    """The way of `serve deploy` and KubeRay: the controller imports `deployments.app:build`. Images over HTTP."""
     config = yaml.safe_load(Path(resolve("package:deployments/configs/cpu.yaml")).read_text())
-    (application,) = config["applications"]
+    application = config["applications"][1]
     application.update(name="from-config", route_prefix="/from-config")
-    application["args"].update(replicas=1, num_cpus=0.1, store_dir=str(tmp_path / "store"))
+    application["args"].update(num_cpus=0.1, store_dir=str(tmp_path / "store"))
     _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
     try:
         wait_for(lambda: serve.status().applications["from-config"].status == "RUNNING", timeout_s=120)
         assert app.http.get("/from-config/readyz").json() == {"ready": True, "failed_adapters": {}}
-        body = {"model": "smart-home", "input": "set a timer for ten minutes"}
-        assert app.http.post("/from-config/v1/classify", json=body).json()["data"][0]["label"] == "timer"
+        for tenant in IMAGE_TENANTS:
+            for image, label in tenant.images:
+                url = f"/from-config/v1/image-classify?model={tenant.name}"
+                response = app.http.post(url, content=image, headers={"content-type": "image/png"})
+                assert response.json()["data"][0]["label"] == label
     finally:
         serve.delete("from-config")
