@@ -21,6 +21,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+_MOST_PROBLEMS = 100
+_LONGEST_PROBLEM = 2000
+
+
+def _tidied(problem: str) -> str:
+    """One line of printable characters, of bearable length."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in problem[:_LONGEST_PROBLEM])
+    return line + "…" * (len(problem) > _LONGEST_PROBLEM)
+
 
 class AdapterRouterError(Exception):
     """Base of the tree. ``str(error)`` is the message: what is wrong, the limit, and how to mend it."""
@@ -84,10 +93,13 @@ class AdapterRejected(AdapterRouterError):
 
     @classmethod
     def because(cls, problems: Sequence[str]) -> AdapterRejected:
-        """An error whose message repeats ``problems``, one a line."""
-        listed = "\n".join(f"  - {problem}" for problem in problems)
+        """An error whose message repeats ``problems``, one a line; names in them come from strangers' files."""
+        tidied = [_tidied(problem) for problem in problems[:_MOST_PROBLEMS]]
+        if len(problems) > _MOST_PROBLEMS:
+            tidied.append(f"and {len(problems) - _MOST_PROBLEMS} more")
+        listed = "\n".join(f"  - {problem}" for problem in tidied)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        return cls(f"adapter refused ({count}):\n{listed}", None, tuple(problems))
+        return cls(f"adapter refused ({count}):\n{listed}", None, tuple(tidied))
 
 
 class InternalError(AdapterRouterError):

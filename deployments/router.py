@@ -135,12 +135,18 @@ class Router:
         self._catalog.check_name(source.name, replace=replace)
         stored = await asyncio.to_thread(self._store.admit, source.path)
         try:
-            report = await self._admit(source, stored)
-        except ReplicaLost:
-            report = await self._admit(source, stored)
-        self._catalog.add(report.version, replace=replace)
+            report = await self._admit_somewhere(source, stored)
+            self._catalog.add(report.version, replace=replace)
+        finally:
+            self._store.settle(stored, keep=self._catalog.holds(stored.digest))
         self.failures.pop(source.name, None)
         return report
+
+    async def _admit_somewhere(self, source: AdapterSource, stored: StoredAdapter) -> LoadReport:
+        try:
+            return await self._admit(source, stored)
+        except ReplicaLost:
+            return await self._admit(source, stored)
 
     async def _admit(self, source: AdapterSource, stored: StoredAdapter) -> LoadReport:
         replica = await self._dispatcher.home(stored.digest)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapter_router.adapters.patterns import Matcher
+from adapter_router.adapters.strict_json import parse_object
 
 # Fields that every method has, and that are read here.
 COMMON_FIELDS = frozenset(
@@ -46,6 +47,8 @@ _MAX_ALPHA = 1e9
 _MAX_NAMES = 1000
 _MAX_TARGETS = 20_000
 _MAX_NAME_LENGTH = 2000
+_MAX_CHARACTERS = 100_000
+_MOST_FIELDS = 20
 _LIMITS = f"(at most {_MAX_NAMES}, each of at most {_MAX_NAME_LENGTH} characters)"
 
 
@@ -125,17 +128,14 @@ class AdapterConfig:
 
 def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
     """The configuration and every problem with it; the configuration is None only where no sense can be made of it."""
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return None, [f"adapter_config.json is not JSON: {error}"]
-    if not isinstance(document, dict):
-        return None, ["adapter_config.json is not a JSON object"]
-    problems = _contradictions(document)
+    document, problems = parse_object(raw, "adapter_config.json")
+    if document is None:
+        return None, problems
+    problems += _contradictions(document)
     reader = _FieldReader(document, problems)
     patterned = document.get("peft_type") in _PATTERNED
     alpha_name = "lora_alpha" if "lora_alpha" in document else "alpha"
-    task_type = document.get("task_type")
+    task_type = document.get("task_type") if isinstance(document.get("task_type"), str) else None
     config = AdapterConfig(
         peft_type=str(document.get("peft_type")),
         r=reader.rank("r", document.get("r", 8)) if patterned else 1,
@@ -147,10 +147,9 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         exclude_modules=reader.names("exclude_modules"),
         layers_to_transform=reader.indices("layers_to_transform"),
         layers_pattern=reader.name_list("layers_pattern"),
-        modules_to_save=reader.name_list("modules_to_save")
-        + (IMPLIED_SAVED.get(task_type, ()) if isinstance(task_type, str) else ()),
+        modules_to_save=reader.name_list("modules_to_save") + IMPLIED_SAVED.get(task_type or "", ()),
         task_type=task_type,
-        bias=document.get("bias") or "none",
+        bias=document["bias"] if document.get("bias") in _BIASES else "none",
         document=document,
     )
     return config, problems
@@ -158,16 +157,21 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
 
 def unserved_fields(document: Mapping[str, Any], known: Collection[str]) -> list[str]:
     """Fields that are set and that nobody here knows: what they would change cannot be told."""
-    return [
-        f"{_short(name)}={json.dumps(value)[:80]} is not served"
+    unserved = [
+        name
         for name, value in document.items()
         if name not in known and not (value is None or value is False or value in ("", [], {}))
     ]
+    if len(unserved) > _MOST_FIELDS:
+        return [f"{len(unserved)} fields are not served, e.g. {', '.join(map(_short, unserved[:_MOST_FIELDS]))}"]
+    return [f"{_short(name).strip(chr(39))}={json.dumps(document[name])[:80]} is not served" for name in unserved]
 
 
 def _contradictions(document: dict[str, Any]) -> list[str]:
     """Combinations that PEFT itself refuses."""
     problems = []
+    if not isinstance(document.get("task_type"), str | None):
+        problems.append(f"task_type is {_short(document['task_type'])}, must be a name")
     if document.get("bias") not in (None, *_BIASES):
         problems.append(f"bias is {_short(document['bias'])}, must be one of {', '.join(_BIASES)}")
     layers = document.get("layers_to_transform")
@@ -233,7 +237,9 @@ class _FieldReader:
     def _sane(name: str, entries: Collection[Any]) -> bool:
         """Few and short enough to be tried on every module; ``target_modules`` of large models list every one."""
         most = _MAX_TARGETS if name == "target_modules" else _MAX_NAMES
-        return len(entries) <= most and all(isinstance(e, str) and 0 < len(e) <= _MAX_NAME_LENGTH for e in entries)
+        if len(entries) > most or not all(isinstance(e, str) and 0 < len(e) <= _MAX_NAME_LENGTH for e in entries):
+            return False
+        return name == "target_modules" or sum(map(len, entries)) <= _MAX_CHARACTERS
 
     def indices(self, name: str) -> tuple[int, ...]:
         value = self._document.get(name)

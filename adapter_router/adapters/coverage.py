@@ -21,6 +21,7 @@ from adapter_router.adapters.tuners.tuner import Target, Tuner
 Roles = dict[str, torch.Tensor]
 _IMPLIED = {name for names in IMPLIED_SAVED.values() for name in names}
 _MAX_INVOCATION = 1000
+_SPELLED_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Coverage:
         self._problems = problems
         self._lacking: dict[str, list[str]] = defaultdict(list)
         self._surplus: dict[str, list[str]] = defaultdict(list)
+        self._misshapes: list[str] = []
+        self._declared_once: set[str] = set()
+        self._changed_biases: set[str] = set()
+        # Where the method's own fields are faulty, what they ask of the tensors is not known.
+        self._understood = not method.config_problems(config.document)
         self.warnings: list[str] = []
         self.targets: dict[Target, Roles] = {}
         self.experts: dict[str, Expert] = {}
@@ -59,6 +65,7 @@ class Coverage:
         self.saved: dict[str, Tensors] = {}
         self.replaced: dict[str, Tensors] = {}
         self.copies: Tensors = {}
+        self.invocation: tuple[int, ...] = ()
         self.num_labels = 0
         self.has_own_head = False
 
@@ -76,7 +83,8 @@ class Coverage:
         before = _by_path(initial.targets, self._naming) if initial else None
         self._check_declared(set(roles))
         for path, present in roles.items():
-            if path in self._base.targets and self._base.targets[path].kind in self._method.kinds:
+            able = path in self._base.targets and self._base.targets[path].kind in self._method.kinds
+            if able and self._understood:
                 self._check_target(path, present, before)
         self._report_incomplete()
         if set(self._method.shared) - set(found.shared):
@@ -89,7 +97,10 @@ class Coverage:
         self._check_copies(found)
         saved = self._sort_named(found)
         self._check_saved(saved)
+        self._check_biases()
+        self._check_ties(saved)
         self._check_called()
+        self._report_misshaped()
         if not (roles or saved or self.experts or self.tokens or self.biases or self.replaced):
             self._problems.append("the adapter has no tensor for this base")
 
@@ -125,7 +136,7 @@ class Coverage:
     def _check_declared(self, present: set[str]) -> None:
         if self._config.matcher.problems:
             return  # what the patterns mean is not known
-        declared = self._declared()
+        declared = self._declared_once = self._declared()
         if self._method.kinds and not (declared or present or self._config.document.get("target_parameters")):
             self._problems.append("target_modules names no module of this base")
         missing = sorted(declared - present)
@@ -144,7 +155,8 @@ class Coverage:
     def _check_target(self, path: str, present: Roles, before: Mapping[str, Roles] | None) -> None:
         spelled = self._naming.spelled(path)
         target = Target(spelled, path, self._base.targets[path], self._config)
-        if before is not None:
+        changed = before is not None and target.spec.kind == "linear"
+        if before is not None and changed:
             first = before.get(path, {})
             present = {**present, **{f"{role}0": first[role] for role in ("a", "b") if role in first}}
         shapes = {role: tuple(tensor.shape) for role, tensor in present.items()}
@@ -152,10 +164,10 @@ class Coverage:
         if not expected:
             self._problems.append(f"{self._config.peft_type} cannot act on {path}, in PEFT neither")
             return
-        wanted = set(expected) | ({"a0", "b0"} if before is not None else set())
-        for role in wanted - set(shapes):
+        wanted = set(expected) | ({"a0", "b0"} if changed else set())
+        for role in sorted(wanted - set(shapes)):
             self._lacking[self._suffix(role)].append(path)
-        for role in set(shapes) - wanted:
+        for role in sorted(set(shapes) - wanted):
             self._surplus[self._suffix(role)].append(path)
         for role in sorted(wanted & set(shapes) & set(expected)):
             if shapes[role] != tuple(expected[role]) and not self._config.matcher.problems:
@@ -272,6 +284,8 @@ class Coverage:
 
     def _check_token_rows(self, path: str, ids: tuple[int, ...], rows: torch.Tensor) -> None:
         shape = self._base.parameters.get(f"{path}.weight", ())
+        if not self._names_tokens(path):
+            self._problems.append(f"rows of {path} are replaced, but the configuration's tokens are not its")
         if len(shape) != 2 or path not in self._base.targets:
             self._problems.append(f"{path} is no embedding whose rows could be replaced")
         elif len(set(ids)) != len(ids) or not all(0 <= index < shape[0] for index in ids):
@@ -285,11 +299,19 @@ class Coverage:
                 f"{path} has both replaced rows and {self._config.peft_type}; PEFT has no rule for it"
             )
 
+    def _names_tokens(self, path: str) -> bool:
+        """Whether the configuration's token numbers are rows of ``path``: a plain list means the input embedding's."""
+        if self._config.peft_type == "TRAINABLE_TOKENS":
+            return self._config.targets(self._naming.spelled(path))
+        by_name = isinstance(self._config.document.get("trainable_token_indices"), dict)
+        return by_name or path == self._base.embedding
+
     def _check_invocation(self) -> None:
         tokens = self._config.document.get("alora_invocation_tokens")
         if not tokens:
             return
         good = isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
+        self.invocation = tuple(tokens) if good else ()
         if not good or len(tokens) > _MAX_INVOCATION:
             self._problems.append(f"alora_invocation_tokens must be a list of at most {_MAX_INVOCATION} token ids")
         if self._base.task != "text-generation":
@@ -315,16 +337,18 @@ class Coverage:
         """Parameters of saved modules; biases and the like go where they belong."""
         saved: Tensors = {}
         for name, tensor in found.biases.items():
-            if (parameter := self._parameter(f"{name}.bias")) is not None:
+            parameter = self._parameter(f"{name}.bias")
+            if parameter is not None and self._naming.actual(name) in self._declared_once:
                 self._add_bias(parameter, tensor)
             elif self._naming.actual(name) is not None:
-                self._problems.append(f"{name} has no bias in this base")
+                self._problems.append(f"a bias of {name}, which has none or is no target module")
         unknown = []
+        biased = self._config.bias == "all"
         for name, tensor in found.named.items():
             parameter = self._parameter(name)
             if parameter is not None and (self._saved_root(parameter) or self._is_tied(parameter)):
                 saved[parameter] = tensor
-            elif parameter is not None and self._config.bias == "all" and "bias" in name:
+            elif parameter is not None and biased and "bias" in name:
                 self._add_bias(parameter, tensor)
             else:
                 unknown.append(name)
@@ -332,9 +356,37 @@ class Coverage:
             self._problems.append(f"{len(unknown)} tensors that nothing declares: {listed(unknown)}")
         return saved
 
+    def _check_biases(self) -> None:
+        """PEFT saves all biases of the model, or all of the target modules'."""
+        if self._config.bias == "none" or self._config.matcher.problems:
+            return
+        if self._config.bias == "all":
+            expected = {n for n in self._base.parameters if "bias" in n and self._saved_root(n) is None}
+        else:
+            expected = {f"{path}.bias" for path in self._declared_once if f"{path}.bias" in self._base.parameters}
+        if absent := sorted(expected - self._changed_biases):
+            self._problems.append(f"bias={self._config.bias!r}, but the file lacks {listed(absent)}")
+
+    def _check_ties(self, saved: Tensors) -> None:
+        """What PEFT keeps equal because the base does must be equal in the file, too."""
+        if not self._config.document.get("ensure_weight_tying"):
+            return
+        weight = saved.get(f"{self._base.embedding}.weight")
+        roles = {target.base_path: own for target, own in self.targets.items()}
+        table = roles.get(self._base.embedding or "", {})
+        for path in self._base.tied:
+            own = saved.get(f"{path}.weight")
+            if weight is not None and own is not None and not torch.equal(weight, own):
+                self._problems.append(f"{path} and {self._base.embedding} are tied, but their saved weights differ")
+            head = roles.get(path, {})
+            pairs = [(table.get("embedding_b"), head.get("a")), (table.get("embedding_a"), head.get("b"))]
+            if any(t is not None and h is not None and not torch.equal(t.mT, h) for t, h in pairs if _is_matrix(t)):
+                self._problems.append(f"{path} and {self._base.embedding} are tied, but their LoRA differs")
+
     def _add_bias(self, parameter: str, tensor: torch.Tensor) -> None:
         owner, _, leaf = parameter.rpartition(".")
         expected = self._base.parameters[parameter]
+        self._changed_biases.add(parameter)
         if tuple(tensor.shape) != expected:
             self._misshaped(parameter, tuple(tensor.shape), expected)
         elif leaf == "bias" and owner in self._base.shiftable and owner in self._base.called:
@@ -406,7 +458,7 @@ class Coverage:
 
     def _check_called(self) -> None:
         """A module that the forward pass never calls cannot be changed by changing what it answers."""
-        idle = {target for target in self.targets if target.base_path not in self._base.called}
+        idle = [target for target in self.targets if target.base_path not in self._base.called]
         for target in idle:
             del self.targets[target]
         if idle:
@@ -423,7 +475,16 @@ class Coverage:
             self._problems.append(f"this base uses these modules' weights without calling them: {listed(unused)}")
 
     def _misshaped(self, name: str, actual: Shape, expected: Shape) -> None:
-        self._problems.append(f"{name} has shape {list(actual)}, this base and config need {list(expected)}")
+        self._misshapes.append(f"{name} has shape {list(actual)}, this base and config need {list(expected)}")
+
+    def _report_misshaped(self) -> None:
+        self._problems += self._misshapes[:_SPELLED_OUT]
+        if len(self._misshapes) > _SPELLED_OUT:
+            self._problems.append(f"{len(self._misshapes) - _SPELLED_OUT} more tensors have other shapes than needed")
+
+
+def _is_matrix(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 2
 
 
 def _modules(paths: list[str]) -> str:

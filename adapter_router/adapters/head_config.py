@@ -5,11 +5,11 @@ The file is Hugging Face's own model config, so what ``model.config.save_pretrai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapter_router.adapters.strict_json import parse_object
 from adapter_router.types import Activation, is_unicode
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -37,13 +37,13 @@ def parse_head_config(raw: bytes | None) -> tuple[HeadConfig, list[str]]:
     """The head's configuration and every problem with it; an absent file is an empty configuration."""
     if raw is None:
         return HeadConfig(), []
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return HeadConfig(), [f"config.json is not JSON: {error}"]
-    if not isinstance(document, dict):
-        return HeadConfig(), ["config.json is not a JSON object"]
-    labels, problems = _labels(document.get("id2label"))
+    document, problems = parse_object(raw, "config.json")
+    if document is None:
+        return HeadConfig(), problems
+    labels, label_faults = _labels(document.get("id2label"))
+    problems += label_faults
+    if labels is not None and document.get("label2id", None) is not None:
+        problems += _contradictions(labels, document["label2id"])
     problem_type = document.get("problem_type")
     activation = ACTIVATIONS.get(problem_type) if isinstance(problem_type, str) else None
     if problem_type is not None and activation is None:
@@ -53,6 +53,8 @@ def parse_head_config(raw: bytes | None) -> tuple[HeadConfig, list[str]]:
 
 def label_problems(labels: Sequence[str]) -> list[str]:
     """What keeps names from being labels: repetition, and halves of surrogate pairs, which no answer can carry."""
+    if not all(isinstance(label, str) for label in labels):
+        return ["label names must be texts"]
     problems = []
     if len(set(labels)) != len(labels):
         problems.append("label names repeat")
@@ -65,10 +67,17 @@ def _labels(id2label: Any) -> tuple[tuple[str, ...] | None, list[str]]:
     if id2label is None:
         return None, []
     try:
-        names = {int(index): str(name) for index, name in id2label.items()}
+        names = {int(index): name for index, name in id2label.items()}
     except (AttributeError, TypeError, ValueError):
         return None, ["config.json: id2label is not an object of index -> name"]
     if sorted(names) != list(range(len(names))):
-        return None, [f"config.json: id2label has the indices {sorted(names)}, expected 0 to {len(names) - 1}"]
+        indices = sorted(names)[:8]
+        return None, [f"config.json: id2label has the indices {indices}, expected 0 to {len(names) - 1}"]
     labels = tuple(names[index] for index in range(len(names)))
-    return labels, label_problems(labels)
+    return labels, [f"config.json: id2label: {problem}" for problem in label_problems(labels)]
+
+
+def _contradictions(labels: Sequence[str], label2id: Any) -> list[str]:
+    if isinstance(label2id, dict) and all(label2id.get(label) == index for index, label in enumerate(labels)):
+        return []
+    return ["config.json: id2label and label2id contradict each other"]

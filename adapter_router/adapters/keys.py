@@ -22,6 +22,8 @@ _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\.
 _TOKENS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 _WRAPPED = re.compile(r"(?P<path>.+?)\.(?P<wrapper>original_module|modules_to_save(\.default)?)\.(?P<name>.+)")
 
+_LONGEST_NAME = 200
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -56,7 +58,7 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, met
     found = SortedTensors()
     suffixes = sorted(method.roles, key=len, reverse=True)
     shared_prefix = PREFIX.partition(".")[0] + "."
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             name = key.removeprefix(shared_prefix)
             target = found.shared if name in method.shared and key != name else None
@@ -126,4 +128,4 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     """A few names of many."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…" for name in names[:most]) + more

@@ -8,10 +8,10 @@ Every field may be absent. Unknown fields are refused: a misspelt one would othe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, cast
 
+from adapter_router.adapters.strict_json import parse_object
 from adapter_router.types import POOLINGS, TASK_KINDS, EmbeddingSettings, TaskKind, is_unicode
 
 _FIELDS = ("task", "pooling", "normalize", "dimensions", "prefix", "base_fingerprint")
@@ -31,13 +31,10 @@ def parse_manifest(raw: bytes | None) -> tuple[Manifest, list[str]]:
     """The manifest and every problem with it; an absent file is an empty manifest."""
     if raw is None:
         return Manifest(), []
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return Manifest(), [f"adapter_router.json is not JSON: {error}"]
-    if not isinstance(document, dict):
-        return Manifest(), ["adapter_router.json is not a JSON object"]
-    problems = [
+    document, problems = parse_object(raw, "adapter_router.json")
+    if document is None:
+        return Manifest(), problems
+    problems += [
         f"adapter_router.json: unknown field {name!r:.80}; known are {', '.join(_FIELDS)}"
         for name in document
         if name not in _FIELDS

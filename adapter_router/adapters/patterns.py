@@ -14,6 +14,7 @@ import regex
 
 _MATCH_LIMIT_S = 0.05
 _ADAPTER_LIMIT_S = 1.0
+_SPENT_S = 1e-3
 # A brace that is no quantifier is literal text to ``re`` and a fuzzy match to ``regex``; so are POSIX classes.
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[\[?:")
 _ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]:]*\]", re.DOTALL)
@@ -64,6 +65,9 @@ class Matcher:
         """Full match of ``expression``, which PEFT makes of ``written``."""
         if (expression, path) in self._found:
             return self._found[expression, path]
+        if self._left_s <= _SPENT_S:
+            self.problems.setdefault("", f"matching all patterns takes too long: more than {_ADAPTER_LIMIT_S:g} s")
+            return None
         compiled = self._compile(expression, written)
         if compiled is None or written in self.problems:
             return None

@@ -108,11 +108,11 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     coverage = Coverage(config, method, base, naming, problems)
     coverage.run(found, initial)
     problems += [fault for fault in config.matcher.problems.values() if fault not in problems]
-    labels, activation, label_faults = _labels(request, head, base, coverage)
+    labels, activation, label_faults = _labels(request, head, base, coverage, named=not problems)
     problems += label_faults
+    problems += _embedding_problems(manifest, base)
     if problems:
         raise AdapterRejected.because(problems)
-    invocation = config.document.get("alora_invocation_tokens") or ()
     return AdapterTensors(
         method=method,
         task=task,
@@ -120,7 +120,7 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
         labels=labels,
         activation=activation,
         embedding=manifest.embedding or EmbeddingSettings(),
-        invocation=tuple(invocation),
+        invocation=coverage.invocation,
         num_tensors=len(tensors),
         warnings=tuple(coverage.warnings),
         targets=coverage.targets,
@@ -163,25 +163,41 @@ def _base_problems(base: BaseSpec, head: HeadConfig, manifest: Manifest) -> list
     return problems
 
 
+def _embedding_problems(manifest: Manifest, base: BaseSpec) -> list[str]:
+    settings = manifest.embedding
+    if settings is None:
+        return []
+    if base.task != "embedding":
+        return [f"adapter_router.json: pooling and the like belong to embeddings, the task is {base.task}"]
+    width = base.parameters[f"{base.embedding}.weight"][1] if base.embedding else None
+    if settings.dimensions and width and settings.dimensions > width:
+        return [f"adapter_router.json: dimensions is {settings.dimensions}, the base has {width}"]
+    return []
+
+
 def _labels(
-    request: Request, head: HeadConfig, base: BaseSpec, coverage: Coverage
+    request: Request, head: HeadConfig, base: BaseSpec, coverage: Coverage, *, named: bool
 ) -> tuple[tuple[str, ...], Activation, list[str]]:
-    """Label names: the caller's, the directory's, the base's for its own head, or transformers' ``LABEL_0``…."""
+    """Label names: the caller's, the directory's, the base's for its own head, or transformers' ``LABEL_0``….
+
+    ``named`` False: the last are not made up, because the adapter is refused anyhow and its number of labels absurd.
+    """
     if base.task not in _CLASSIFIES:
         return (), "none", ["labels are given, but the task has none"] if request.labels else []
-    count, problems = coverage.num_labels, []
-    named = request.labels if request.labels is not None else head.labels
+    count = coverage.num_labels
+    names = request.labels if request.labels is not None else head.labels
+    activation = head.activation
     if coverage.has_own_head:
-        activation = head.activation or _default_activation(base.task, count)
-        named = named if named is not None else tuple(f"LABEL_{index}" for index in range(count))
+        activation = activation or _default_activation(base.task, count)
     else:  # the base's head, names and activation included
-        activation = head.activation or base.activation
-        named = named if named is not None else base.labels
-    if count and len(named) != count:
-        problems.append(f"{len(named)} label names for a head of {count} labels")
-    if request.labels is not None:
-        problems += label_problems(request.labels)
-    return named, activation, problems
+        activation = activation or base.activation
+        names = names if names is not None else base.labels
+    if names is None:
+        return tuple(f"LABEL_{index}" for index in range(count)) if named else (), activation, []
+    problems = label_problems(request.labels) if request.labels is not None else []
+    if count and len(names) != count:
+        problems.append(f"{len(names)} label names for a head of {count} labels")
+    return names, activation, problems
 
 
 def _default_activation(task: TaskKind, count: int) -> Activation:

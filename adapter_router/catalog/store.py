@@ -12,6 +12,8 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ _INITIAL = "initial/adapter_model.safetensors"
 _REQUIRED = (_CONFIG, _WEIGHTS)
 _FILES = (*_REQUIRED, _HEAD_CONFIG, _MANIFEST, _INITIAL)
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 4 << 20  # a weights file's names take no room on a device
 _CHUNK_BYTES = 1 << 20
 
 
@@ -59,20 +62,26 @@ class StoredAdapter:
 
 
 class ContentStore:
-    """Directory of adapters by digest; the only writer of what lies under ``root``."""
+    """Directory of adapters by digest; the only writer of what lies under ``root``. Thread-safe."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_bytes: int = 1 << 40) -> None:
+        """``max_bytes``: of one adapter's weights, ``adapter_memory_bytes``: no more fits on a device."""
         self.root = root
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._undecided: Counter[str] = Counter()  # loads under way, by digest
+        self._created: set[str] = set()  # copies made by loads that are under way
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def admit(self, source: str | os.PathLike[str]) -> StoredAdapter:
         """Copy the adapter directory ``source`` (or ``package:…``) into the store; the same content is kept once.
 
-        Raises AdapterRejected with every problem of the directory itself.
+        The caller says with ``settle`` what became of it. Raises AdapterRejected with every problem of the directory
+        itself.
         """
         try:
             directory = Path(resolve(os.fspath(source)))
-            problems = _directory_problems(directory)
+            problems = _directory_problems(directory, self._max_bytes)
         except ValueError as error:
             problems = [str(error)]
         except OSError as error:
@@ -93,17 +102,35 @@ class ContentStore:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def settle(self, stored: StoredAdapter, *, keep: bool) -> None:
+        """End one load of ``stored``. A copy that this process made and that nobody wants is removed."""
+        with self._lock:
+            self._undecided[stored.digest] -= 1
+            if keep:
+                self._created.discard(stored.digest)
+            if self._undecided[stored.digest] > 0:
+                return
+            del self._undecided[stored.digest]
+            if stored.digest in self._created:
+                self._created.discard(stored.digest)
+                refused = self._scratch()
+                stored.directory.rename(refused)
+                shutil.rmtree(refused, ignore_errors=True)
+
     def _scratch(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.root, prefix=".staging-"))
 
     def _publish(self, staging: Path, digest: str) -> StoredAdapter:
         stored = StoredAdapter(digest, self.root / digest.replace(":", "-"))
-        try:
-            staging.rename(stored.directory)
-        except OSError:
-            if not stored.directory.is_dir():
-                raise
-            self._replace_if_damaged(staging, stored)
+        with self._lock:
+            self._undecided[digest] += 1
+            try:
+                staging.rename(stored.directory)
+                self._created.add(digest)
+            except OSError:
+                if not stored.directory.is_dir():
+                    raise
+                self._replace_if_damaged(staging, stored)
         return stored
 
     def _replace_if_damaged(self, staging: Path, stored: StoredAdapter) -> None:
@@ -133,7 +160,7 @@ class _ContentHash:
         return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _directory_problems(directory: Path) -> list[str]:
+def _directory_problems(directory: Path, max_bytes: int) -> list[str]:
     if not directory.is_dir():
         return [f"{directory} is not a directory"]
     problems = []
@@ -149,16 +176,22 @@ def _directory_problems(directory: Path) -> list[str]:
             problems.append(f"{name} is a link to a place outside the directory; copy the file into it")
         elif not stat.S_ISREG(status.st_mode):
             problems.append(f"{name} is not a regular file")
-        elif name not in (_WEIGHTS, _INITIAL) and status.st_size > _MAX_CONFIG_BYTES:
+        elif name in (_WEIGHTS, _INITIAL):
+            if status.st_size > max_bytes + _MAX_HEADER_BYTES:
+                problems.append(f"{name} has {status.st_size} bytes, adapter_memory_bytes is {max_bytes}")
+        elif status.st_size > _MAX_CONFIG_BYTES:
             problems.append(f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
     return problems
 
 
 def _escapes(path: Path, directory: Path) -> bool:
     """Whether following links leads out of ``directory``; a hub cache's snapshots keep their files under ``blobs``."""
-    allowed = [directory.resolve()]
-    if directory.parent.name == "snapshots":
-        allowed.append((directory.parent.parent / "blobs").resolve())
+    home = directory.resolve()
+    allowed = [home]
+    for folder in (home, *home.parents):
+        blobs = folder.parent.parent / "blobs"
+        if folder.parent.name == "snapshots" and not blobs.is_symlink():
+            allowed.append(blobs)
     actual = path.resolve()
     return not any(actual.is_relative_to(root) for root in allowed)
 

@@ -75,7 +75,7 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._scratch = None if config.store_dir else tempfile.mkdtemp(prefix="adapter-router-")
-        self._store = ContentStore(Path(config.store_dir or self._scratch or ""))
+        self._store = ContentStore(Path(config.store_dir or self._scratch or ""), config.adapter_memory_bytes)
         self.base = BaseModel(config)
         self.metrics = EngineMetrics()
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
@@ -108,8 +108,12 @@ class Engine:
         AdapterExists when the name is taken and AdapterRejected with every problem, in both cases without effect.
         """
         self._catalog.check_name(adapter)
-        report = self.admit(adapter, self._store.admit(directory), task, labels)
-        self._catalog.add(report.version)
+        stored = self._store.admit(directory)
+        try:
+            report = self.admit(adapter, stored, task, labels)
+            self._catalog.add(report.version)
+        finally:
+            self._store.settle(stored, keep=self._catalog.holds(stored.digest))
         return report
 
     def unload_adapter(self, adapter: str) -> None:

@@ -30,6 +30,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _DERIVED_INITS = ("pissa", "olora")
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
 _RECORDED_INITS = ("corda", "lora_ga")
+_ANY_CASE = ("gaussian", "olora", "mica")
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 _BLOCK_FIELDS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
 _MAX_BLOCKS = 4096
@@ -37,12 +38,17 @@ _MAX_BLOCKS = 4096
 
 def changes_base(init: Any) -> bool:
     """Whether an ``init_lora_weights`` trains against a changed base."""
-    return isinstance(init, str) and init.lower() not in _PLAIN_INITS
+    return isinstance(init, str) and _known_name(init) not in _PLAIN_INITS
 
 
 def needs_initial(init: Any) -> bool:
     """Whether only the saved initial adapter can tell what an initialisation took from the base."""
-    return changes_base(init) and init.lower() not in _DERIVED_INITS
+    return changes_base(init) and _known_name(init) not in _DERIVED_INITS
+
+
+def _known_name(init: str) -> str:
+    """PEFT takes some names in any case, others as they are."""
+    return init.lower() if init.lower() in _ANY_CASE else init
 
 
 def _config_problems(document: Mapping[str, Any]) -> list[str]:
@@ -62,7 +68,7 @@ def _init_problems(document: Mapping[str, Any]) -> list[str]:
         return []
     if not isinstance(init, str):
         return [f"init_lora_weights is {init!r:.80}, must be true, false or a name"]
-    name = init.lower()
+    name = _known_name(init)
     if name == "loftq":
         return [
             "init_lora_weights='loftq' was trained on a quantised base; serve it on that base, or convert the adapter "
@@ -76,7 +82,7 @@ def _init_problems(document: Mapping[str, Any]) -> list[str]:
 
 def _block_problems(document: Mapping[str, Any]) -> list[str]:
     blocks = document.get("use_bdlora")
-    if not blocks:
+    if blocks is None or blocks is False or blocks == {}:
         return []
     if not isinstance(blocks, dict) or not set(blocks) <= _BLOCK_FIELDS:
         return [f"use_bdlora must be an object with {', '.join(sorted(_BLOCK_FIELDS))}"]
@@ -107,7 +113,8 @@ def _kasa_problems(document: Mapping[str, Any]) -> list[str]:
 def _shapes(target: Target, present: Mapping[str, Shape]) -> dict[str, Shape]:
     spec, document = target.spec, target.config.document
     rank = target.config.rank_of(target.path)
-    shapes: dict[str, Shape] = {"a": (rank, spec.in_features), "b": (spec.out_features, rank)}
+    down, up = ("embedding_a", "embedding_b") if spec.kind == "embedding" else ("a", "b")
+    shapes: dict[str, Shape] = {down: (rank, spec.in_features), up: (spec.out_features, rank)}
     if spec.kind == "conv":
         ones = (1,) * len(spec.kernel)
         shapes["a"] = (rank, spec.in_features, *spec.kernel)
@@ -115,7 +122,7 @@ def _shapes(target: Target, present: Mapping[str, Shape]) -> dict[str, Shape]:
     if spec.kind == "attention":
         shapes |= {"a2": (rank, spec.in_features), "b2": (spec.in_features, rank)}
     for side in _block_sides(target):
-        count = document["use_bdlora"]["nblocks"]
+        count = document["use_bdlora"].get("nblocks", 1)
         shapes[side] = (shapes[side][0], shapes[side][1] // count)
     if document.get("lora_bias"):
         shapes["b_bias"] = (spec.out_features,)
@@ -124,7 +131,7 @@ def _shapes(target: Target, present: Mapping[str, Shape]) -> dict[str, Shape]:
         shapes["magnitude"] = (1, spec.out_features, *ones) if spec.kind == "conv" else (spec.out_features,)
     if document.get("kasa_config"):
         shapes["diag"] = (rank,)
-    if "a0" in present or "b0" in present:
+    if spec.kind != "embedding" and ("a0" in present or "b0" in present):
         shapes |= {"a0": shapes["a"], "b0": shapes["b"]}
     return shapes
 
@@ -132,7 +139,7 @@ def _shapes(target: Target, present: Mapping[str, Shape]) -> dict[str, Shape]:
 def _block_sides(target: Target) -> list[str]:
     """Which of A and B is stored as diagonal blocks: PEFT looks for the names anywhere in the module's."""
     blocks = target.config.document.get("use_bdlora")
-    if not blocks or target.spec.kind != "linear":
+    if not isinstance(blocks, dict) or target.spec.kind != "linear":
         return []
     sides = (("a", blocks.get("target_modules_bd_a")), ("b", blocks.get("target_modules_bd_b")))
     return [side for side, names in sides if any(name in target.path for name in names or ())]
@@ -153,9 +160,11 @@ def _delta(target: Target, tensors: Mapping[str, torch.Tensor], weights: Weights
 
 def _whole_factors(target: Target, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B without diagonal blocks and KaSA's diagonal."""
+    if target.spec.kind == "embedding":
+        return tensors["embedding_a"], tensors["embedding_b"]
     a, b = tensors["a"], tensors["b"]
     for side in _block_sides(target):
-        count = target.config.document["use_bdlora"]["nblocks"]
+        count = target.config.document["use_bdlora"].get("nblocks", 1)
         a, b = (_unblocked(a, count), b) if side == "a" else (a, _unblocked(b, count))
     if "diag" in tensors:
         a = a.float() * tensors["diag"].float()[:, None]
@@ -236,7 +245,6 @@ TUNER = Tuner(
             "loftq_config",
             "lora_dropout",
             "lora_ga_config",
-            "megatron_config",
             "megatron_core",
             "monteclora_config",
             "qalora_group_size",
@@ -249,8 +257,8 @@ TUNER = Tuner(
         "lora_A.weight": "a",
         "lora_B.weight": "b",
         "lora_B.bias": "b_bias",
-        "lora_embedding_A": "a",
-        "lora_embedding_B": "b",
+        "lora_embedding_A": "embedding_a",
+        "lora_embedding_B": "embedding_b",
         "lora_magnitude_vector": "magnitude",
         "lora_magnitude_vector.weight": "magnitude",
         "lora_diag": "diag",
