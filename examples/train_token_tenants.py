@@ -11,13 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
-import tarfile
-import tempfile
 import time
-import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,21 +19,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
+from examples.address_data import Address, labelled_addresses
 from examples.saving import MINILM, fit, save_adapter, save_labels
 from examples.tenant_data import package_folder
 
 TENANT = "addresses"
-RELEASE = "usaddress==0.5.16"
-LABELLED = "usaddress-0.5.16/training/labeled.xml"
-RARE = 25  # a label with fewer words than this becomes OTHER
-OTHER = "Other"
 TARGETS = ["query", "value"]
 EPOCHS = 16
 BATCH_ROWS = 32
 LEARNING_RATE = 4e-3
 NO_WORD = -100  # target of [CLS], [SEP] and padding: cross_entropy leaves it out
-
-Address = list[tuple[str, str]]  # words, with the comma that follows, and their labels
 
 
 def main() -> None:
@@ -50,33 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        addresses = read_addresses(args.sdist or download(Path(folder)))
-    train(addresses, args.base, args.out / TENANT)
-
-
-def download(folder: Path) -> Path:
-    """Fetch the source release (pip also asks it for its metadata, which takes some seconds)."""
-    name = RELEASE.partition("==")[0]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
-    subprocess.run([*pip, "--dest", str(folder), RELEASE], check=True)
-    return next(folder.glob("*.tar.gz"))
-
-
-def read_addresses(sdist: Path) -> list[Address]:
-    """The labelled addresses of two words and more, without repetitions, rare labels folded."""
-    with tarfile.open(sdist) as archive:
-        member = archive.extractfile(LABELLED)
-        if member is None:
-            raise FileNotFoundError(f"{sdist} has no {LABELLED}")
-        root = ET.parse(member).getroot()
-    unique = dict.fromkeys(tuple(_words(element)) for element in root)
-    count = Counter(label for address in unique for _, label in address)
-    return [
-        [(word, label if count[label] >= RARE else OTHER) for word, label in address]
-        for address in unique
-        if len(address) > 1
-    ]
+    train(labelled_addresses(args.sdist), args.base, args.out / TENANT)
 
 
 def train(addresses: list[Address], base: str, out: Path) -> None:
@@ -115,13 +78,6 @@ def train(addresses: list[Address], base: str, out: Path) -> None:
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(report), flush=True)
-
-
-def _words(element: ET.Element) -> Iterator[tuple[str, str]]:
-    for part in element:
-        word = f"{part.text or ''}{part.tail or ''}".strip()
-        if word:
-            yield word, part.tag
 
 
 def _losses(

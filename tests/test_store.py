@@ -95,16 +95,81 @@ def test_later_changes_of_the_source_reach_nothing(store: ContentStore, tmp_path
     assert not os.path.samestat((stored.directory / CONFIG).stat(), (directory / CONFIG).stat())
 
 
-def test_symbolic_links_are_copied_as_what_they_name(store: ContentStore, tmp_path: Path) -> None:
-    """A hub cache is made of links into a folder of blobs."""
-    blob = tmp_path / "blob"
-    blob.write_bytes(b"weights")
+def linked(link: Path, target: str, content: bytes = b"weights") -> None:
+    """``link`` leads to ``target``, relative to its directory, which holds ``content``."""
+    actual = link.parent / target
+    actual.parent.mkdir(parents=True, exist_ok=True)
+    actual.write_bytes(content)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def test_links_inside_the_directory_are_copied_as_what_they_name(store: ContentStore, tmp_path: Path) -> None:
     directory = source(tmp_path / "a")
-    (directory / WEIGHTS).unlink()
-    (directory / WEIGHTS).symlink_to(blob)
+    linked(directory / WEIGHTS, "checkpoints/best")
+    (directory / "initial").symlink_to("checkpoints")
+    (directory / "checkpoints" / WEIGHTS).write_bytes(b"before")
     stored = store.admit(directory)
-    blob.unlink()
-    assert stored.read().weights == b"weights" and not (stored.directory / WEIGHTS).is_symlink()
+    (directory / "checkpoints" / "best").unlink()
+    assert stored.read().weights == b"weights" and stored.read().initial_weights == b"before"
+    assert not any(path.is_symlink() for path in stored.directory.rglob("*"))
+
+
+@pytest.mark.parametrize("subfolder", ["", "my-adapter", "adapters/mine"])
+def test_a_snapshot_of_the_hubs_cache_is_made_of_links_to_blobs(
+    subfolder: str, store: ContentStore, tmp_path: Path
+) -> None:
+    directory = tmp_path / "hub" / "models--somebody--adapter" / "snapshots" / "0123abcd" / subfolder
+    (directory / "initial").mkdir(parents=True)
+    up = "../" * (2 + len(Path(subfolder).parts))
+    linked(directory / CONFIG, f"{up}blobs/1", b"{}")
+    linked(directory / WEIGHTS, f"{up}blobs/2")
+    linked(directory / "initial" / WEIGHTS, f"../{up}blobs/3", b"before")
+    files = store.admit(directory).read()
+    assert (files.config, files.weights, files.initial_weights) == (b"{}", b"weights", b"before")
+
+
+def test_the_directory_itself_may_be_a_link(
+    store: ContentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--a" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    linked(snapshot / CONFIG, "../../blobs/1", b"{}")
+    linked(snapshot / WEIGHTS, "../../blobs/2")
+    (tmp_path / "current").symlink_to(snapshot)
+    stored = store.admit(snapshot)
+    assert stored == store.admit(tmp_path / "current")
+    monkeypatch.chdir(snapshot)
+    assert stored == store.admit(".")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, HEAD, "adapter_router.json", "initial/adapter_model.safetensors"])
+def test_a_link_out_of_the_directory_is_refused(name: str, store: ContentStore, tmp_path: Path) -> None:
+    directory = source(tmp_path / "a", head=b"{}")
+    (directory / "initial").mkdir()
+    linked(directory / name, "../../b/secret" if "/" in name else "../b/secret")
+    (problem,) = refusal(store, directory)
+    assert problem.startswith(f"{name} is a link to a place outside the directory")
+
+
+def test_a_snapshot_may_not_reach_another_repositorys_blobs(store: ContentStore, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    source(snapshot)
+    linked(snapshot / WEIGHTS, "../../../models--b/blobs/1")
+    (problem,) = refusal(store, snapshot)
+    assert WEIGHTS in problem and "outside" in problem
+
+
+def test_blobs_that_are_a_link_themselves_lead_nowhere(store: ContentStore, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    source(snapshot)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "models--a" / "blobs").symlink_to(tmp_path / "secrets")
+    linked(snapshot / WEIGHTS, "../../blobs/1")
+    (problem,) = refusal(store, snapshot)
+    assert WEIGHTS in problem and "outside" in problem
 
 
 def overwrite(directory: Path) -> None:
@@ -204,7 +269,8 @@ def test_link_to_a_device_is_refused(store: ContentStore, tmp_path: Path) -> Non
     directory = source(tmp_path / "a")
     (directory / WEIGHTS).unlink()
     (directory / WEIGHTS).symlink_to("/dev/zero")
-    assert refusal(store, directory) == (f"{WEIGHTS} is not a regular file",)
+    (problem,) = refusal(store, directory)
+    assert WEIGHTS in problem
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "x" * 300, "nul\0byte"])
@@ -217,7 +283,7 @@ def test_what_is_not_a_directory_is_refused(name: str, store: ContentStore, tmp_
 def test_dangling_link_is_a_missing_file(store: ContentStore, tmp_path: Path) -> None:
     directory = source(tmp_path / "a")
     (directory / WEIGHTS).unlink()
-    (directory / WEIGHTS).symlink_to(tmp_path / "nowhere")
+    (directory / WEIGHTS).symlink_to("nowhere")
     assert refusal(store, directory) == (f"{WEIGHTS} is missing",)
 
 

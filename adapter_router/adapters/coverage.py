@@ -361,7 +361,7 @@ class Coverage:
         if self._config.bias == "none" or self._config.matcher.problems:
             return
         if self._config.bias == "all":
-            expected = {n for n in self._base.parameters if "bias" in n and self._saved_root(n) is None}
+            expected = {n for n in self._base.parameters if n.endswith(".bias") and self._saved_root(n) is None}
         else:
             expected = {f"{path}.bias" for path in self._declared_once if f"{path}.bias" in self._base.parameters}
         if absent := sorted(expected - self._changed_biases):

@@ -167,21 +167,22 @@ def _directory_problems(directory: Path, max_bytes: int) -> list[str]:
     for name in _REQUIRED:
         if not (directory / name).exists():
             problems.append(f"{name} is missing" + _pickle_advice(directory, name))
-    for name in _FILES:
-        path = directory / name
-        if not path.exists():
-            continue
-        status = path.stat()
-        if _escapes(path, directory):
-            problems.append(f"{name} is a link to a place outside the directory; copy the file into it")
-        elif not stat.S_ISREG(status.st_mode):
-            problems.append(f"{name} is not a regular file")
-        elif name in (_WEIGHTS, _INITIAL):
-            if status.st_size > max_bytes + _MAX_HEADER_BYTES:
-                problems.append(f"{name} has {status.st_size} bytes, adapter_memory_bytes is {max_bytes}")
-        elif status.st_size > _MAX_CONFIG_BYTES:
-            problems.append(f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
-    return problems
+    found = [_file_problem(name, directory, max_bytes) for name in _FILES if (directory / name).exists()]
+    return problems + [problem for problem in found if problem is not None]
+
+
+def _file_problem(name: str, directory: Path, max_bytes: int) -> str | None:
+    status = (directory / name).stat()
+    if _escapes(directory / name, directory):
+        return f"{name} is a link to a place outside the directory; copy the file into it"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is not a regular file"
+    if name in (_WEIGHTS, _INITIAL):
+        fits = status.st_size <= max_bytes + _MAX_HEADER_BYTES
+        return None if fits else f"{name} has {status.st_size} bytes, adapter_memory_bytes is {max_bytes}"
+    if status.st_size > _MAX_CONFIG_BYTES:
+        return f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}"
+    return None
 
 
 def _escapes(path: Path, directory: Path) -> bool:

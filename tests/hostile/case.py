@@ -8,6 +8,9 @@ from typing import Any
 
 from tests.hostile.spoil import Spoil
 
+ROOM_BYTES = 64 << 20
+"""``adapter_memory_bytes`` of every engine here."""
+
 
 @dataclass(frozen=True)
 class Case:

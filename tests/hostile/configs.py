@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.hostile.case import Case
-from tests.hostile.spoil import HEAD, INITIAL, MANIFEST, WEIGHTS, Spoil, both, configured, document, file_bytes, without
+from tests.hostile.spoil import HEAD, INITIAL, MANIFEST, WEIGHTS, both, configured, document, file_bytes, without
 
 _NAN, _INF = float("nan"), float("inf")
 # Exponential to regex, which sees through the textbook's examples.
@@ -38,6 +38,10 @@ def _field(name: str, value: Any, *says: str, of: str = "plain") -> Case:
     return Case(f"{name}={value!r:.40}", configured(**{name: value}), says or (name,), of)
 
 
+def _blocks(name: str, blocks: dict[str, Any], *says: str) -> Case:
+    return Case(f"blocks, {name}", configured(use_bdlora=blocks), says, "blocks")
+
+
 def _slow(name: str, value: Any, **also: Any) -> Case:
     return Case(f"exponential {name}", configured(**{name: value}, **also), _SLOW_SAYS)
 
@@ -53,7 +57,7 @@ def _initial_of_itself(directory: Any) -> None:
 
 
 def _manifest(content: dict[str, Any], *says: str, of: str = "plain") -> Case:
-    return Case(f"manifest {content!r:.50}", document(MANIFEST, content), (MANIFEST, *says), of)
+    return Case(f"manifest {content!r:.50}", document(MANIFEST, content), says, of)
 
 
 def _labels(content: Any, *says: str) -> Case:
@@ -76,7 +80,6 @@ RANKS = (
     _field("lora_alpha", -_INF, "lora_alpha is -inf"),
     _field("lora_alpha", 10**400, "lora_alpha is 1000"),
     _field("rank_pattern", {"query": 1_000_000}, "rank_pattern['query'] is 1000000"),
-    _field("rank_pattern", {"": 4}, "rank_pattern"),
     _field("alpha_pattern", {"query": _NAN}, "alpha_pattern['query'] is nan"),
     _field("alpha_pattern", ["query"], "alpha_pattern"),
     _field("use_rslora", "no", "use_rslora is 'no'"),
@@ -94,7 +97,7 @@ EXPRESSIONS = (
     _slow("exclude_modules", _SLOW),
     _slow("rank_pattern", {_SLOW: 8}),
     _slow("alpha_pattern", {_SLOW: 8}),
-    _slow("modules_to_save", ["classifier", _SLOW]),
+    Case("exponential modules_to_save", configured(modules_to_save=["classifier", _SLOW]), ("modules_to_save",)),
     _slow("layers_pattern", [_SLOW], layers_to_transform=[0, 1]),
     Case("exponential feedforward_modules", configured(feedforward_modules=_SLOW), _SLOW_SAYS, of="ia3"),
     Case("a thousand long expressions", configured(alpha_pattern=_large_expressions(1000)), ("alpha_pattern",)),
@@ -132,15 +135,16 @@ UNSERVED = (
 
 COMBINED = (
     Case("DoRA with lora_bias", configured(lora_bias=True), ("use_dora",), of="dora"),
-    Case("KaSA with DoRA", configured(kasa_config={}, use_dora=True), ("use_dora",), of="kasa"),
+    Case("KaSA with DoRA", configured(use_dora=True), ("use_dora",), of="kasa"),
     Case("KaSA with PiSSA", configured(init_lora_weights="pissa"), ("kasa_config",), of="kasa"),
     _field("kasa_config", 5, "kasa_config"),
     _field("use_bdlora", True, "use_bdlora"),
-    _field("use_bdlora", {"target_modules_bd_a": ["query"], "nblocks": 0}, "use_bdlora.nblocks is 0", of="blocks"),
-    _field("use_bdlora", {"target_modules_bd_a": ["query"]}, "lora_A", of="blocks"),
-    _field("use_bdlora", {"target_modules_bd_a": 5, "nblocks": 2}, "use_bdlora.target_modules_bd_a", of="blocks"),
-    _field("use_bdlora", {"target_modules_bd_a": ["query"], "nblocks": 7}, "lora_A", of="blocks"),
-    _field("use_bdlora", {"rows": 5}, "use_bdlora", of="blocks"),
+    _blocks("none of them", {"target_modules_bd_a": ["query"], "nblocks": 0}, "use_bdlora.nblocks is 0"),
+    _blocks("a text of them", {"target_modules_bd_a": ["query"], "nblocks": "2"}, "use_bdlora.nblocks is '2'"),
+    _blocks("of no number", {"target_modules_bd_a": ["query"]}, "lora_A.weight has shape [8, 16]"),
+    _blocks("of another number", {"target_modules_bd_a": ["query"], "nblocks": 7}, "lora_A.weight has shape [8, 16]"),
+    _blocks("of a number for a name", {"target_modules_bd_a": 5, "nblocks": 2}, "use_bdlora.target_modules_bd_a"),
+    _blocks("by another field", {"rows": 5}, "use_bdlora"),
     _field("use_dora", "yes", "use_dora is 'yes'"),
     _field("ensure_weight_tying", "yes", "ensure_weight_tying is 'yes'", of="tied head"),
     _field("feedforward_modules", None, "feedforward_modules is None", of="ia3"),
@@ -189,18 +193,16 @@ TOKENS = (
     _field("trainable_token_indices", {"word_embeddings": [3, 7]}, "word_embeddings", of="tokens"),
     _field("trainable_token_indices", {"word_embeddings": [3, 7, 11.0]}, "word_embeddings", of="tokens"),
     _field("trainable_token_indices", {"word_embeddings": [3, 7, True]}, "word_embeddings", of="tokens"),
-    _field("trainable_token_indices", {"position_embeddings": [3, 7, 11]}, "position_embeddings", of="tokens"),
+    _field("trainable_token_indices", {"position_embeddings": [3, 7, 11]}, "word_embeddings", of="tokens"),
     _field("trainable_token_indices", {"word_embeddings": [3, 7, 11], "x": [1]}, "x", of="tokens"),
-    _field("trainable_token_indices", "word_embeddings", "trainable_token_indices", of="tokens"),
-    _field("trainable_token_indices", 3, "trainable_token_indices", of="tokens"),
+    _field("trainable_token_indices", "word_embeddings", "token", of="tokens"),
+    _field("trainable_token_indices", 3, "token", of="tokens"),
     _field("token_indices", [3, 7, 100], "0 to 99", of="only tokens"),
     _field("token_indices", [3, 3, 7], "different", of="only tokens"),
     _field("target_modules", ["position_embeddings"], "word_embeddings", of="only tokens"),
     _field("alora_invocation_tokens", [5], "alora_invocation_tokens"),
     _field("alora_invocation_tokens", "abc", "alora_invocation_tokens", of="alora"),
     _field("alora_invocation_tokens", [5] * 5000, "alora_invocation_tokens", of="alora"),
-    _field("alora_invocation_tokens", [5, 10**6], "alora_invocation_tokens", of="alora"),
-    _field("alora_invocation_tokens", [5, -1], "alora_invocation_tokens", of="alora"),
 )
 
 LABELS = (
@@ -213,9 +215,7 @@ LABELS = (
     _labels({"id2label": {"0": None, "1": ["b"], "2": {}}}, "id2label"),
     _labels({"id2label": {"0": "a", "1": "b", "2": "\ud800"}}, "surrogate"),
     _labels({"id2label": {str(i): str(i) for i in range(1, 40_000)}}, "id2label"),
-    _labels(
-        {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 1, "b": 0, "c": 2}}, "label2id", "id2label"
-    ),
+    _labels({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 1, "b": 0, "c": 2}}, "label2id", "id2label"),
     _labels({"model_type": "roberta"}, "trained on a 'roberta' model, this base is 'bert'"),
     _labels({"problem_type": "ranking"}, "problem_type 'ranking' is none of"),
     Case("asked for two labels", both(), ("2 label names",), options={"labels": ["a", "b"]}),
@@ -242,7 +242,7 @@ MANIFESTS = (
     _manifest({"base_fingerprint": 5}, "base_fingerprint"),
     _manifest({"base_fingerprint": "sha256:0"}, "sha256:0"),
     _manifest({"pooling": "mean"}, "pooling"),
-    Case("manifest of two tasks", file_bytes(MANIFEST, b'{"task": "embedding", "task": 5}'), (MANIFEST,)),
+    Case("manifest of two tasks", file_bytes(MANIFEST, b'{"task": 5, "task": "text-classification"}'), (MANIFEST,)),
 )
 
 CASES = (

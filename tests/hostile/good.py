@@ -55,6 +55,7 @@ BASES: Mapping[str, tuple[Callable[[], Any], Any]] = {
         hf.AutoModelForCausalLM,
     ),
     "vit": (lambda: hf.ViTConfig(**_IMAGE), hf.AutoModel),
+    "llama": (lambda: hf.LlamaConfig(**_CAUSAL, tie_word_embeddings=True), hf.AutoModelForCausalLM),
     # Not served here; adapters of theirs are brought to the others.
     "wide bert": (lambda: hf.BertConfig(**{**_TEXT, "hidden_size": 64}), hf.AutoModel),
     "deep bert": (lambda: hf.BertConfig(**{**_TEXT, "num_hidden_layers": 4}), hf.AutoModel),
@@ -63,9 +64,7 @@ BASES: Mapping[str, tuple[Callable[[], Any], Any]] = {
         lambda: hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=VOCABULARY),
         hf.AutoModel,
     ),
-    "llama": (lambda: hf.LlamaConfig(**_CAUSAL), hf.AutoModelForCausalLM),
 }
-SERVED = ("bert", "identity", "gpt2", "mixtral", "vit")
 
 _AUTO: Mapping[TaskKind, Any] = {
     "text-classification": hf.AutoModelForSequenceClassification,
@@ -91,9 +90,13 @@ def _lora(**fields: Any) -> Callable[[], PeftConfig]:
     return lambda: LoraConfig(**{"task_type": "SEQ_CLS", "r": 8, "target_modules": ["query", "value"], **fields})
 
 
-def _causal(**fields: Any) -> Callable[[], PeftConfig]:
+def _gpt2(**fields: Any) -> Callable[[], PeftConfig]:
     defaults = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     return lambda: LoraConfig(**{**defaults, **fields})
+
+
+def _llama(**fields: Any) -> Callable[[], PeftConfig]:
+    return lambda: LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"], **fields})
 
 
 def _other(kind: type[PeftConfig], **fields: Any) -> Callable[[], PeftConfig]:
@@ -132,22 +135,21 @@ GOOD: Mapping[str, Good] = {
         task="embedding",
     ),
     "identity": Good(_lora(target_modules=["value"]), base="identity"),
-    "gpt2": Good(_causal(), base="gpt2", task="text-generation"),
-    "alora": Good(_causal(alora_invocation_tokens=[5, 6]), base="gpt2", task="text-generation"),
+    "gpt2": Good(_gpt2(), base="gpt2", task="text-generation"),
+    "alora": Good(_gpt2(alora_invocation_tokens=[5, 6]), base="gpt2", task="text-generation"),
+    "llama": Good(_llama(), base="llama", task="text-generation"),
     "tied head": Good(
-        _causal(modules_to_save=["wte"], ensure_weight_tying=True), base="gpt2", task="text-generation"
+        _llama(modules_to_save=["embed_tokens"], ensure_weight_tying=True), base="llama", task="text-generation"
     ),
     "tied words": Good(
-        _causal(target_modules=["c_attn", "wte"], ensure_weight_tying=True), base="gpt2", task="text-generation"
+        _llama(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        base="llama",
+        task="text-generation",
     ),
-    "tied tokens": Good(_causal(trainable_token_indices=[3, 7]), base="gpt2", task="text-generation"),
-    "mixtral": Good(_causal(target_modules=["q_proj"], fan_in_fan_out=False), base="mixtral", task="text-generation"),
+    "tied tokens": Good(_llama(trainable_token_indices=[3, 7]), base="llama", task="text-generation"),
+    "mixtral": Good(_llama(), base="mixtral", task="text-generation"),
     "experts": Good(
-        _causal(
-            target_modules=["q_proj"],
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-            fan_in_fan_out=False,
-        ),
+        _llama(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
         base="mixtral",
         task="text-generation",
     ),
@@ -167,8 +169,9 @@ GOOD: Mapping[str, Good] = {
     "of a deeper base": Good(_lora(target_modules=["query"]), base="deep bert"),
     "of another vocabulary": Good(_lora(target_modules=["query", "word_embeddings"]), base="wordy bert"),
     "of distilbert": Good(_lora(target_modules=["q_lin"]), base="distilbert"),
-    "of llama": Good(
-        _causal(target_modules=["q_proj"], fan_in_fan_out=False), base="llama", task="text-generation"
+    # PEFT's factors of a square transposed layer do not belong together.
+    "of transposed layers": Good(
+        _gpt2(target_modules=["attn.c_proj"], init_lora_weights="olora"), base="gpt2", task="text-generation"
     ),
 }
 # Good where they come from, yet nothing to be served on the bases above.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import configs, files, tensors
+from tests.hostile import configs, files, shapes, tensors
 from tests.hostile.case import Case
 from tests.hostile.good import FOREIGN, GOOD
 from tests.hostile.harness import Sites, assert_named, refusal
@@ -16,11 +16,8 @@ pytestmark = [
     pytest.mark.timeout(30),
     pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft"),
 ]
-CASES = {
-    f"{group}: {case.name}": case
-    for group, cases in (("files", files.CASES), ("config", configs.CASES), ("tensors", tensors.CASES))
-    for case in cases
-}
+_GROUPS = {"files": files.CASES, "config": configs.CASES, "tensors": tensors.CASES, "shapes": shapes.CASES}
+CASES = {f"{group}: {case.name}": case for group, cases in _GROUPS.items() for case in cases}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
 
 
 def test_no_two_cases_share_a_name() -> None:
-    assert len(CASES) == len(files.CASES) + len(configs.CASES) + len(tensors.CASES)
+    assert len(CASES) == sum(map(len, _GROUPS.values()))
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name not in FOREIGN])

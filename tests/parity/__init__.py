@@ -1,1 +1,1 @@
-"""The proof: PEFT's configurations × base architectures, each row of a mixed batch against PEFT alone."""
+"""The proof: PEFT's configurations times base architectures, each row of a mixed batch against PEFT alone."""

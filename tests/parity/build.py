@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model
+from torch.func import functional_call
 
 from adapter_router.types import TaskKind
 from tests.parity.bases import Base
@@ -40,6 +41,11 @@ class Adapter:
     trained: Any
 
     @property
+    def task_and_name(self) -> str:
+        """What the engine knows it by."""
+        return f"{self.site.base.task}-{self.name}"
+
+    @property
     def task(self) -> TaskKind | None:
         """What must be said when it is loaded, None where its configuration tells."""
         return None if self.site.task_type else self.site.base.task
@@ -52,14 +58,14 @@ class Adapter:
         directory = _native(self.directory) if self.recipe.oracle == "native" else self.directory
         return load_alone(self.site.base, directory, self.site.labels)
 
-    @cached_property
-    def head_only(self) -> Any:
-        """The base with the adapter's saved head and nothing else of it."""
-        model = self.site.base.fresh(self.site.labels)
-        for name in () if self.site.headless else self.site.arch.heads_of(self.site.base.task):
-            saved = self.alone.get_base_model().get_submodule(name)
-            model.get_submodule(name).load_state_dict(saved.modules_to_save["default"].state_dict())
-        return model
+    def without(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits of the base with the adapter's saved head and nothing else of it."""
+        model = self.site.base.pristine(self.site.labels)
+        parameters = {}
+        for name in self.site.arch.heads_of(self.site.base.task) if self.site.brings_head else ():
+            saved = self.alone.get_base_model().get_submodule(name).modules_to_save["default"]
+            parameters |= {f"{name}.{key}": value for key, value in saved.named_parameters()}
+        return run(lambda **batch: functional_call(model, parameters, (), batch), [dict(row)], self.site.base.task)[0]
 
     def logits(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
         return run(self.alone, [dict(row)], self.site.base.task)[0]

@@ -101,17 +101,17 @@ def _anchored_patterns(site: Site) -> PeftConfig:
 def _overlapping(site: Site) -> PeftConfig:
     leaf = site.arch.attention[0]
     return site.lora(
-        target_modules=site.linears() + [leaf],
+        target_modules=[*site.linears(), leaf],
         alpha_pattern={leaf: 2, rf".*{leaf}": 31.0, f"^{site.layer_path()}": -7},
     )
 
 
 def _dotted(site: Site) -> PeftConfig:
     path = site.layer_path()
-    tail = ".".join(path.split(".")[-3:])
-    half = path.split(".")[-1][1:]
+    tail = path.partition(".")[2]
+    half = ".".join(path.split(".")[-2:])[1:]
     return site.lora(
-        target_modules=site.linears() + [site.arch.attention[0]],
+        target_modules=[*site.linears(), site.arch.attention[0]],
         alpha_pattern={half: 100, tail: 23},  # the first is no whole name, so it matches nothing
     )
 
@@ -209,7 +209,7 @@ def _block_diagonal(site: Site) -> PeftConfig | None:
     first, second = site.arch.attention[:2]
     part = first[:-1] if "." not in first and len(first) > 3 else f".{first}"  # a part of the path is a match
     blocks = BdLoraConfig(target_modules_bd_a=[f".{second}"], target_modules_bd_b=[part], nblocks=2, match_strict=False)
-    return site.lora(use_bdlora=blocks, r=4, target_modules=site.linears() + [first, second])
+    return site.lora(use_bdlora=blocks, r=4, target_modules=[*site.linears(), first, second])
 
 
 def _kasa(site: Site) -> PeftConfig | None:
@@ -358,7 +358,13 @@ LORA_RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "embedding-tied",
         "LoRA on tied embeddings, ensure_weight_tying",
-        lambda site: _embedding(site, ensure_weight_tying=True) if site.generative else None,
+        lambda site: _embedding(site, ensure_weight_tying=True) if site.causal else None,
+    ),
+    Recipe(
+        "embedding-tied-thrice",  # PEFT's reload of it differs from what it saved, by more than the logits' size
+        "LoRA on tied embeddings, ensure_weight_tying",
+        lambda site: _embedding(site, ensure_weight_tying=True) if site.generative and not site.causal else None,
+        oracle="trained",
     ),
     Recipe("positions", "LoRA on position embeddings", _positions),
     Recipe("conv", "LoRA on convolutions", _conv),
@@ -384,7 +390,7 @@ LORA_RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "save-embedding-tied",
         "modules_to_save, ensure_weight_tying",
-        _save(lambda site: site.arch.embedding if site.generative else "", ensure_weight_tying=True),
+        _save(lambda site: site.arch.embedding if site.causal else "", ensure_weight_tying=True),
     ),
     Recipe("activated", "aLoRA", _activated),
     Recipe("activated-rslora", "aLoRA", lambda site: _activated(site, use_rslora=True, r=3)),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -49,11 +52,11 @@ def logits_of(output: Any, task: TaskKind) -> torch.Tensor:
     return output.last_hidden_state if task == "embedding" else output.logits
 
 
-def run(model: Any, rows: list[Features], task: TaskKind) -> list[np.ndarray]:
-    """Logits of ``rows``, which are of one length, through one model."""
-    batch = as_batch(rows)
-    if "pixel_values" in batch:
-        batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+def run(model: Any, rows: list[Features], task: TaskKind, dtype: torch.dtype = torch.float32) -> list[np.ndarray]:
+    """Logits of ``rows``, which are of one length, through one model of type ``dtype``."""
+    batch = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in as_batch(rows).items()
+    }
     with torch.inference_mode():
         logits = logits_of(model(**batch), task)
     return list(logits.float().numpy())
@@ -61,7 +64,32 @@ def run(model: Any, rows: list[Features], task: TaskKind) -> list[np.ndarray]:
 
 def load_alone(base: Base, directory: Path, labels: int, dtype: torch.dtype = torch.float32) -> Any:
     """PEFT with this one adapter on a fresh base."""
-    return PeftModel.from_pretrained(base.fresh(labels, dtype), directory).eval()
+    with exact_svd():
+        return PeftModel.from_pretrained(base.fresh(labels, dtype), directory).eval()
+
+
+@contextmanager
+def exact_svd() -> Iterator[None]:
+    """PEFT factorises the base in float32 to load PiSSA and KaSA, where singular values that lie close together cost
+    it four digits: here it is given the float64 factors, rounded.
+    """
+    original = torch.linalg.svd
+
+    def exact(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(part.to(matrix.dtype) for part in original(matrix.double(), *args, **kwargs))
+
+    with mock.patch.object(torch.linalg, "svd", exact):
+        yield
+
+
+def run_exactly(model: Any, row: Features, task: TaskKind) -> np.ndarray:
+    """The model in float64: what its float32 answer is a rounding of."""
+    features = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in row.items()}
+    exact = copy.deepcopy(model).double()
+    exact.config._experts_implementation = "eager"  # torch multiplies stacks of experts in float32 at most
+    with torch.inference_mode():
+        logits: np.ndarray = logits_of(exact(**as_batch([features])), task)[0].numpy()
+    return logits
 
 
 def greedy(model: Any, features: Mapping[str, np.ndarray], max_new_tokens: int) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ def compared(bases: Sequence[Base], adapters: Sequence[Adapter], seed: int) -> t
             world.load(adapters)
             world.check(bases)
             world.check(bases, share=0.5)
+    world.check_effects()
     unexpected = [
         f"{name} refused: {'; '.join(why)}"
         for name, why in world.refused.items()
@@ -101,7 +102,7 @@ def to_the_last_bit(architecture: str, task: TaskKind, dtype: str, root: Path) -
     problems = []
     for who in adapters:
         alone = load_alone(base, who.directory, who.site.labels, getattr(torch, dtype))
-        for index, right in enumerate(run(alone, rows, base.task)):
+        for index, right in enumerate(run(alone, rows, base.task, getattr(torch, dtype))):
             result = results[index]
             if chosen[index] is who and not (isinstance(result, RowResult) and np.array_equal(result.logits, right)):
                 problems.append(f"row {index} of {who.name} differs")

@@ -1,4 +1,4 @@
-"""What the proof has shown so far in this session: field × architecture, and how many configurations."""
+"""What the proof has shown so far in this session: field by architecture, and how many configurations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.parity.build import RECIPES
 from tests.parity.world import World
+
+HEAD_ROW = "modules_to_save: the task's head"
 
 
 class Results:
@@ -27,6 +29,9 @@ class Results:
         for name, outcome in outcomes.items():
             self.runs[architecture, task, name].add(seed)
             self._cells[RECIPES[name].row, architecture].add(outcome)
+        for adapter in world.adapters:
+            if adapter.site.brings_head:
+                self._cells[HEAD_ROW, architecture].add(outcomes[adapter.name])
 
     def write(self, path: Path) -> None:
         """One cell for each row of the table and architecture: what was found there, of all recipes and seeds."""

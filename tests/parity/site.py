@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.parity.bases import CLASSIFYING, TASK_TYPES, Architecture, Base
 
-ALPHAS = (1, 2.5, 6, 8, 16, -4)
+ALPHAS = (2, 2.5, 6, 8, 16, -4)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Site:
     def linears(self) -> list[str]:
         """Some of a layer's linears, of attention and others."""
         return self.attention() + self.rng.sample(self.arch.mlp, min(1, len(self.arch.mlp)))
+
+    @property
+    def brings_head(self) -> bool:
+        return not self.headless and bool(self.arch.heads_of(self.base.task))
 
     def saved(self, *extra: str) -> list[str] | None:
         """``modules_to_save``: the task's head and ``extra``."""

@@ -12,7 +12,8 @@ from adapter_router.types import TaskKind
 from tests.parity.bases import ARCHITECTURES
 from tests.parity.build import RECIPES, build
 from tests.parity.proofs import compared, in_mixed_batches
-from tests.parity.results import RESULTS
+from tests.parity.results import HEAD_ROW, RESULTS
+from tests.parity.table import PEERS
 from tests.parity.world import SEEDS, adapters_on, make_base
 
 CASES = [(name, task) for name, entry in ARCHITECTURES.items() for task in entry.tasks]
@@ -47,11 +48,16 @@ def test_every_recipe_has_a_base(tmp_path: Path) -> None:
         ("mixtral", "text-generation", 0),
         ("qwen2", "text-generation", 0),
         ("llama", "embedding", 0),
+        ("t5", "seq2seq-generation", 0),
     )
     for architecture, task, seed in cases:
         base = make_base(architecture, task, seed, tmp_path / architecture)
         left -= {name for name in left if build(base, RECIPES[name], tmp_path / architecture / name)}
     assert left == set()
+
+
+def test_the_table_has_a_line_for_every_recipe() -> None:
+    assert {recipe.row for recipe in RECIPES.values()} | {HEAD_ROW} == set(PEERS)
 
 
 def test_enough_was_proven() -> None:

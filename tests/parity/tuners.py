@@ -49,6 +49,7 @@ def _prune(model: Any, site: Site) -> None:
         if ".lora_E." in name:
             kept = [site.rng.random() < 0.6 for _ in range(len(parameter))]
             kept[0] = True
+            parameter.data *= 3
             parameter.data[[not keep for keep in kept]] = 0
             pattern[name] = kept
     model.peft_config["default"].rank_pattern = pattern
