@@ -301,6 +301,8 @@ class Coverage:
 
     def _names_tokens(self, path: str) -> bool:
         """Whether the configuration's token numbers are rows of ``path``: a plain list means the input embedding's."""
+        if path in self._base.tied:
+            return True  # PEFT replaces them wherever the table's weight is used
         if self._config.peft_type == "TRAINABLE_TOKENS":
             return self._config.targets(self._naming.spelled(path))
         by_name = isinstance(self._config.document.get("trainable_token_indices"), dict)
