@@ -58,9 +58,9 @@ def _of_embedding_under_linear_names(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _large_and_sick(tensors: dict[str, torch.Tensor]) -> None:
-    """96 MiB, the last number of which is none."""
-    tensors[f"{PREFIX}classifier.weight"] = filled(_NAN)(torch.zeros(786_432, 32))
-    tensors[f"{PREFIX}classifier.bias"] = torch.zeros(786_432)
+    """60 MiB, the last number of which is none."""
+    tensors[f"{PREFIX}classifier.weight"] = filled(_NAN)(torch.zeros(491_520, 32))
+    tensors[f"{PREFIX}classifier.bias"] = torch.zeros(491_520)
 
 
 def _other_head(tensors: dict[str, torch.Tensor]) -> None:
@@ -80,7 +80,7 @@ SICK = (
     Case("Inf of float16", changed(_A, lambda t: filled(_INF)(t.half())), (f"{_A} holds NaN or infinite",)),
     Case("NaN of bfloat16", changed(_B, lambda t: filled(_NAN)(t.bfloat16())), (f"{_B} holds NaN or infinite",)),
     Case("NaN in initial", changed(_A, filled(_NAN), INITIAL), ("initial: ", _A), of="fast pissa"),
-    Case("NaN at the end of 96 MiB", edited(_large_and_sick), ("classifier.weight holds NaN",)),
+    Case("NaN at the end of 60 MiB", edited(_large_and_sick), ("classifier.weight holds NaN",)),
     _cast(_A, torch.int8, "I8"),
     _cast(_B, torch.uint64, "U64"),
     _cast(_A, torch.bool, "BOOL"),
