@@ -104,7 +104,7 @@ TENSORS: Table = [
     ("int8", changed(B, lambda t: t.to(torch.int8)), [f"{B} has dtype I8, served are BF16, F16, F32"]),
     ("lora_B gone", removed(B), [f"lora_B.weight is missing on 1 module: {QUERY}"]),
     ("lora_A gone", removed(f"{VALUE}.lora_A.weight"), [f"lora_A.weight is missing on 1 module: {VALUE}"]),
-    ("target gone", removed(A, B), [f"1 target modules have no tensors: {QUERY}"]),
+    ("target gone", removed(A, B), [f"1 target module has no tensors: {QUERY}"]),
     ("half a target too many", added({f"{KEY}.lora_A.weight": (8, 32)}), ["does not name: " + KEY, KEY]),
     ("LoRA on what is not there", added({"bert.x.lora_A.weight": (8, 32)}), ["no place in this base: bert.x"]),
     ("base weight", added({f"{WORDS}.weight": (100, 32)}), [f"nothing declares: {WORDS}.weight"]),
@@ -291,7 +291,7 @@ def test_faults_of_all_kinds_are_listed_together(site: Site, adapter: Path) -> N
         (configured(target_modules="(", exclude_modules="["), ["pattern '('", "pattern '['"]),
         (
             both(changed(A, lambda t: t.to(torch.int8)), removed(f"{VALUE}.lora_A.weight", f"{VALUE}.lora_B.weight")),
-            ["has dtype I8", f"1 target modules have no tensors: {VALUE}"],
+            ["has dtype I8", f"1 target module has no tensors: {VALUE}"],
         ),
         (
             both(changed(A, filled(NAN)), removed(f"{VALUE}.lora_B.weight")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapter_router.adapters.patterns import Matcher
@@ -56,7 +56,8 @@ _LIMITS = f"(at most {_MAX_NAMES}, each of at most {_MAX_NAME_LENGTH} characters
 class AdapterConfig:
     """The part of a PEFT configuration that all methods share; names as in PEFT.
 
-    ``document`` is the file itself, for the methods' own fields. Paths are those of the adapter's own naming.
+    Paths are those of the adapter's own naming. ``sound``: no field had to be read as something else.
+    ``document`` is the file itself, for the methods' own fields.
     """
 
     peft_type: str
@@ -72,6 +73,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     bias: str
+    sound: bool = True
     document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
@@ -132,6 +134,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
     if document is None:
         return None, problems
     problems += _contradictions(document)
+    known = len(problems)
     reader = _FieldReader(document, problems)
     patterned = document.get("peft_type") in _PATTERNED
     alpha_name = "lora_alpha" if "lora_alpha" in document else "alpha"
@@ -152,7 +155,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         bias=document["bias"] if document.get("bias") in _BIASES else "none",
         document=document,
     )
-    return config, problems
+    return replace(config, sound=len(problems) == known), problems
 
 
 def unserved_fields(document: Mapping[str, Any], known: Collection[str]) -> list[str]:

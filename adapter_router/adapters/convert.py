@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,12 +11,15 @@ import torch
 from adapter_router.adapters.base_weights import BaseWeights
 from adapter_router.adapters.coverage import Expert
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
+from adapter_router.adapters.tuners.lora import changes_base
+from adapter_router.adapters.tuners.tuner import Target
 from adapter_router.adapters.validate import AdapterTensors
 from adapter_router.errors import AdapterRejected
 
 # Two loads of one PiSSA-like adapter, even PEFT's own, differ by this much of what was taken from the base.
 _WORTH_A_WARNING = 1e-4
 _TOO_UNCERTAIN = 1e-2
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,7 @@ def convert(adapter: AdapterTensors, weights: BaseWeights) -> Converted:
         modules[target.base_path] = delta
         if delta.uncertainty > _WORTH_A_WARNING:
             findings = problems if delta.uncertainty > _TOO_UNCERTAIN else warnings
-            findings.append(
-                f"{target.base_path}: what the initialisation took from the base is only known to "
-                f"{delta.uncertainty:.0e} of its size; put the initial adapter into initial/"
-            )
+            findings.append(_uncertain(target, delta.uncertainty))
     if problems:
         raise AdapterRejected.because(problems)
     for path, bias in adapter.biases.items():
@@ -54,11 +56,23 @@ def convert(adapter: AdapterTensors, weights: BaseWeights) -> Converted:
     for path, (ids, rows) in adapter.tokens.items():
         modules[path] = ModuleDelta(token_ids=torch.tensor(ids), token_rows=rows, shift=_without_bias(path, weights))
     changes = AdapterDelta(modules, _saved(adapter, weights), _parameters(adapter))
-    sizes = norms(changes)
-    idle = [path for path, size in sizes.items() if size == 0]
-    if idle:
-        warnings.append(f"{len(idle)} of {len(sizes)} modules have no effect, e.g. {idle[0]}")
     return Converted(changes, tuple(warnings))
+
+
+def _uncertain(target: Target, uncertainty: float) -> str:
+    known = f"is only known to {uncertainty:.0e} of its size" if uncertainty < 1 else "cannot be determined"
+    advice = (
+        "; put the adapter as it was before training into initial/"
+        if changes_base(target.config.document.get("init_lora_weights", True))
+        else "; PEFT's own answers differ there from machine to machine"
+    )
+    return f"{target.base_path}: what training took out of the base {known}: its singular values lie too close{advice}"
+
+
+def idle_modules(sizes: Mapping[str, float]) -> tuple[str, ...]:
+    """A warning about modules whose change is nothing, if there are any."""
+    idle = [path for path, size in sizes.items() if size == 0]
+    return (f"{len(idle)} of {len(sizes)} modules have no effect, e.g. {idle[0]}",) if idle else ()
 
 
 def norms(delta: AdapterDelta) -> dict[str, float]:
@@ -94,7 +108,9 @@ def _product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def _length(*tensors: torch.Tensor) -> float:
-    return float(sum((t.double() ** 2).sum() for t in tensors) ** 0.5) if tensors else 0.0
+    """Frobenius norm of all together, without a copy of any."""
+    chunks = (flat[i : i + _CHUNK] for flat in (t.flatten() for t in tensors) for i in range(0, len(flat), _CHUNK))
+    return math.sqrt(sum(float(chunk.double().square().sum()) for chunk in chunks))
 
 
 def _same(own: torch.Tensor | None, copy: torch.Tensor) -> bool:

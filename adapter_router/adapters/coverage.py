@@ -56,7 +56,7 @@ class Coverage:
         self._declared_once: set[str] = set()
         self._changed_biases: set[str] = set()
         # Where the method's own fields are faulty, what they ask of the tensors is not known.
-        self._understood = not method.config_problems(config.document)
+        self._understood = config.sound and not method.config_problems(config.document)
         self.warnings: list[str] = []
         self.targets: dict[Target, Roles] = {}
         self.experts: dict[str, Expert] = {}
@@ -73,7 +73,8 @@ class Coverage:
         """Check everything; see the attributes for what was found good."""
         foreign = found.unknown + self._foreign(found)
         if foreign:
-            self._problems.append(f"{len(foreign)} tensors have no place in this base: {listed(foreign)}")
+            have = "tensor has" if len(foreign) == 1 else "tensors have"
+            self._problems.append(f"{len(foreign)} {have} no place in this base: {listed(foreign)}")
         if found.repeated:
             self._problems.append(f"tensors that contradict each other: {listed(found.repeated)}")
         owners = self._parameter_owners()
@@ -137,11 +138,12 @@ class Coverage:
         if self._config.matcher.problems:
             return  # what the patterns mean is not known
         declared = self._declared_once = self._declared()
-        if self._method.kinds and not (declared or present or self._config.document.get("target_parameters")):
-            self._problems.append("target_modules names no module of this base")
+        if self._method.kinds and not (declared or self._config.document.get("target_parameters")):
+            self._problems.append("target_modules, with what narrows it, names no module of this base")
         missing = sorted(declared - present)
         if missing:
-            self._problems.append(f"{len(missing)} target modules have no tensors: {listed(missing)}")
+            have = "target module has" if len(missing) == 1 else "target modules have"
+            self._problems.append(f"{len(missing)} {have} no tensors: {listed(missing)}")
         tied = set(self._base.tied) if self._config.document.get("ensure_weight_tying") else set()
         extra = present - declared - tied
         able = {p for p in extra if p in self._base.targets and self._base.targets[p].kind in self._method.kinds}
@@ -234,8 +236,12 @@ class Coverage:
 
     def _check_expert(self, owner: str, leaf: str, roles: Roles) -> None:
         parameter = f"{owner}.{leaf}"
-        if not leaf or set(roles) != {"a", "b"}:
-            self._problems.append(f"{owner} has {'/'.join(sorted(roles)) or 'no tensors'} for its parameter {leaf!r}")
+        present = "/".join(f"lora_{role.upper()}" for role in sorted(roles)) or "no tensors"
+        if not leaf:
+            self._problems.append(f"{owner} has {present} for more parameters than target_parameters names")
+            return
+        if set(roles) != {"a", "b"}:
+            self._problems.append(f"{parameter} needs lora_A and lora_B, it has {present}")
             return
         shape = self._base.parameters[parameter]
         if len(shape) not in (2, 3):
@@ -248,7 +254,7 @@ class Coverage:
         rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
         for role, expected in (("a", (rank * experts, columns)), ("b", (rows, rank * experts))):
             if tuple(roles[role].shape) != expected:
-                self._misshaped(f"{parameter}.{role}", tuple(roles[role].shape), expected)
+                self._misshaped(f"{parameter}: lora_{role.upper()}", tuple(roles[role].shape), expected)
         scaling = self._config.scaling_of(spelled, rank)
         self.experts[parameter] = Expert(roles["a"], roles["b"], scaling, experts, len(shape) == 3, transposed)
 
@@ -261,11 +267,13 @@ class Coverage:
             path = self._naming.actual(name)
             if path is not None:
                 wanted[path] = self._token_ids(indices, name)
-        if bool(indices) != bool(tokens):
-            self._problems.append("trainable token indices and trainable token rows must come together")
+        if tokens and not indices:
+            self._problems.append(f"rows of tokens of {listed(tokens)}, but the configuration names no token indices")
+        if indices and not tokens:
+            self._problems.append("the configuration names token indices, but the file has no trainable_tokens_delta")
         if isinstance(indices, dict) and len(wanted) < len(indices):
             self._problems.append(
-                f"trainable tokens are declared for {listed(map(str, indices))}, rows are there for less"
+                f"token indices are given for {listed(map(str, indices))}, but rows only for {listed(sorted(wanted))}"
             )
         for name, rows in tokens.items():
             path = self._naming.actual(name)
@@ -285,7 +293,9 @@ class Coverage:
     def _check_token_rows(self, path: str, ids: tuple[int, ...], rows: torch.Tensor) -> None:
         shape = self._base.parameters.get(f"{path}.weight", ())
         if not self._names_tokens(path):
-            self._problems.append(f"rows of {path} are replaced, but the configuration's tokens are not its")
+            self._problems.append(
+                f"the file replaces rows of {path}, which the configuration's token indices are not for"
+            )
         if len(shape) != 2 or path not in self._base.targets:
             self._problems.append(f"{path} is no embedding whose rows could be replaced")
         elif len(set(ids)) != len(ids) or not all(0 <= index < shape[0] for index in ids):
@@ -355,7 +365,8 @@ class Coverage:
             else:
                 unknown.append(name)
         if unknown:
-            self._problems.append(f"{len(unknown)} tensors that nothing declares: {listed(unknown)}")
+            count = "1 tensor" if len(unknown) == 1 else f"{len(unknown)} tensors"
+            self._problems.append(f"{count} that nothing declares: {listed(unknown)}")
         return saved
 
     def _check_biases(self) -> None:

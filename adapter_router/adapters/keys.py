@@ -128,4 +128,5 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     """A few names of many."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…" for name in names[:most]) + more
+    shown = (name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…" for name in names[:most])
+    return ", ".join(name or "''" for name in shown) + more

@@ -89,7 +89,9 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     method = METHODS.get(config.peft_type) if config else None
     if config is None or method is None or tensors is None:
         if config is not None and method is None:
-            problems.append(f"peft_type {config.peft_type!r:.80} is not served; served are {', '.join(METHODS)}")
+            given = config.document.get("peft_type")
+            fault = "is missing" if given is None else f"{given!r:.80} is not served"
+            problems.append(f"peft_type {fault}; served are {', '.join(METHODS)}")
         raise AdapterRejected.because(problems)
     problems += unserved_fields(config.document, COMMON_FIELDS | method.served | method.harmless)
     problems += method.config_problems(config.document)
@@ -138,7 +140,7 @@ def _initial(config: AdapterConfig, method: Tuner, files: AdapterFiles) -> tuple
     """The adapter as it was before training, where its initialisation changed the base."""
     init = config.document.get("init_lora_weights", True)
     if files.initial_weights is None:
-        if config.peft_type == "LORA" and needs_initial(init) and init != "loftq":
+        if config.peft_type == "LORA" and needs_initial(init) and not method.config_problems(config.document):
             return None, [
                 f"init_lora_weights={init!r:.80} trained against a changed base that cannot be told from the pristine "
                 "one: put the adapter as saved right after its initialisation into initial/adapter_model.safetensors, "
@@ -146,7 +148,7 @@ def _initial(config: AdapterConfig, method: Tuner, files: AdapterFiles) -> tuple
             ]
         return None, []
     if not (config.peft_type == "LORA" and changes_base(init)):
-        return None, [f"initial/ belongs to initialisations that change the base; this one is {init!r:.80}"]
+        return None, [f"initial/ is for initialisations that change the base, init_lora_weights is {init!r:.80}"]
     tensors, problems = read_tensors(files.initial_weights)
     problems = [f"initial: {problem}" for problem in problems]
     return (sort_tensors(tensors, config, method) if tensors is not None else None), problems

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from adapter_router.adapters.convert import norms
+from adapter_router.adapters.convert import idle_modules
 from adapter_router.adapters.validate import Request
 from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
@@ -336,16 +336,14 @@ class Engine:
 
 
 def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:
-    delta = loaded.converted.delta
-    sizes = norms(delta)
     return LoadReport(
         version=version,
         tensors_applied=loaded.tensors.num_tensors,
-        modules=tuple(sizes),
+        modules=tuple(loaded.norms),
         ranks=tuple(sorted({target.config.rank_of(target.path) for target in loaded.tensors.targets})),
         num_bytes=loaded.num_bytes,
-        norms=sizes,
-        warnings=loaded.converted.warnings,
+        norms=loaded.norms,
+        warnings=(*loaded.converted.warnings, *idle_modules(loaded.norms)),
     )
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_router.adapters.convert import Converted, convert
+from adapter_router.adapters.convert import Converted, convert, norms
 from adapter_router.adapters.validate import AdapterTensors, Bases, Request, validate
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.engine.base_model import BaseModel
@@ -39,10 +39,11 @@ class _Ticket:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load made of the files; ``num_bytes`` on the device."""
+    """What a load made of the files; ``norms``: size of the change by module; ``num_bytes`` on the device."""
 
     tensors: AdapterTensors
     converted: Converted
+    norms: dict[str, float]
     num_bytes: int
 
 
@@ -153,7 +154,8 @@ class Residency:
         try:
             tensors = validate(stored.read(), self._bases, request)
             converted = convert(tensors, self._base.task(tensors.task).weights)
-            loaded = Loaded(tensors, converted, device_bytes(converted.delta, self._base.dtype))
+            num_bytes = self._checked_size(device_bytes(converted.delta, self._base.dtype))
+            loaded = Loaded(tensors, converted, norms(converted.delta), num_bytes)
             self._install(stored.digest, loaded)
         except AdapterRouterError as error:
             self._metrics.load_failed(error)
@@ -168,12 +170,15 @@ class Residency:
         self._metrics.loaded(seconds)
         return loaded
 
-    def _install(self, digest: str, loaded: Loaded) -> None:
-        num_bytes = loaded.num_bytes
+    def _checked_size(self, num_bytes: int) -> int:
         if num_bytes > self._slots.budget_bytes:
             raise AdapterRejected.because(
                 [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]
             )
+        return num_bytes
+
+    def _install(self, digest: str, loaded: Loaded) -> None:
+        num_bytes = loaded.num_bytes
         with self._changed:
             if digest in self._resident:
                 return

@@ -49,7 +49,7 @@ def _without_first_experts(tensors: dict[str, torch.Tensor]) -> None:
 
 MISSING = (
     *each_role("no", removed),
-    Case("no query at all", removed(_A, _B), (f"1 target modules have no tensors: {_QUERY}",)),
+    Case("no query at all", removed(_A, _B), (f"1 target module has no tensors: {_QUERY}",)),
     Case("no head", removed("classifier.weight", "classifier.bias"), ("classifier.weight",)),
     Case("no initial A", edited(lambda t: t.pop(PREFIX + _A), INITIAL), (_QUERY,), of="fast pissa"),
     Case("one bias of all", removed(f"{_KEY}.bias"), (_KEY,), of="all biases"),
