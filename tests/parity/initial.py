@@ -84,6 +84,7 @@ INITIAL_RECIPES: tuple[Recipe, ...] = (
         "pissa-initial",
         "init: PiSSA",
         lambda site: site.lora(lora_alpha=site.alpha, init_lora_weights="pissa", r=3),
+        oracle="trained",
         initial=True,
     ),
     Recipe(
