@@ -86,7 +86,7 @@ def _heads(adapter: AdapterTensors, delta: AdapterDelta, base: BaseModel, prepar
         heads[path] = ChangedModule(model.model.get_submodule(path), _on(changes, base.device))
     for path, module in delta.modules.items():
         if _kind(prepared, path) == "attention":
-            heads[path] = ChangedModule(model.model.get_submodule(path), _on(_attention(module), base.device))
+            heads[path] = ChangedModule(model.model.get_submodule(path), _on(attention_changes(module), base.device))
     return heads
 
 
@@ -94,10 +94,13 @@ def _on(changes: Mapping[str, ParameterDelta], device: torch.device) -> dict[str
     return {name: replace(change, a=change.a.to(device), b=change.b.to(device)) for name, change in changes.items()}
 
 
-def _attention(delta: ModuleDelta) -> dict[str, ParameterDelta]:
-    """LoRA of ``nn.MultiheadAttention``: of its joint input projection, and of its output projection."""
+def attention_changes(delta: ModuleDelta) -> dict[str, ParameterDelta]:
+    """LoRA of ``nn.MultiheadAttention``: of its joint input projection, and of its output projection.
+
+    PEFT adds the second twice (peft 0.21, ``MultiheadAttention.merge``), when it trains and ever after.
+    """
     assert delta.a is not None and delta.b is not None and delta.a2 is not None and delta.b2 is not None
     return {
         "in_proj_weight": ParameterDelta(delta.a, delta.b, delta.scaling),
-        "out_proj.weight": ParameterDelta(delta.a2, delta.b2, delta.scaling),
+        "out_proj.weight": ParameterDelta(delta.a2, delta.b2, 2 * delta.scaling),
     }
