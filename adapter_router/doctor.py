@@ -22,8 +22,8 @@ _NAME, _NEIGHBOUR = "adapter", "neighbour"
 _CANARY_ROWS = 8
 _CANARY_TOLERANCE = 1e-4  # of the largest logit, at least of 1
 _WEIGHTS = "adapter_model.safetensors"
-# What a neighbour must not change: copies of the base, and counters.
-_KEPT = ("base_layer", "original_module", "ranknum")
+# What a neighbour must not change: copies of the base, counters, and one of two factors, whose signs would cancel.
+_KEPT = ("base_layer", "original_module", "ranknum", "lora_A", "lora_embedding_A", "hada_w1", "lokr_w1", "vera_")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from adapter_router.adapters.base_weights import BaseWeights
-from adapter_router.adapters.coverage import Expert
+from adapter_router.adapters.coverage.experts import Expert
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
 from adapter_router.adapters.tuners.lora import changes_base
 from adapter_router.adapters.tuners.tuner import Target

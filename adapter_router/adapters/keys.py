@@ -115,7 +115,7 @@ def _put_named(found: SortedTensors, config: AdapterConfig, name: str, tensor: t
         else:
             _put(found, found.named, f"{wrapped['path']}.{wrapped['name']}", tensor, key)
     elif depth and leaf == "weight":
-        _put(found, found.copies, plain, tensor, key)
+        _put(found, found.copies, plain.replace(".token_adapter.", "."), tensor, key)
     elif depth and not (leaf == "bias" and config.bias != "none"):
         found.unknown.append(key)
     elif depth and leaf == "bias":

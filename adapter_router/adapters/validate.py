@@ -19,7 +19,10 @@ from adapter_router.adapters.adapter_config import (
 )
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.checkpoint import read_tensors
-from adapter_router.adapters.coverage import Coverage, Expert, Roles
+from adapter_router.adapters.coverage.coverage import Coverage
+from adapter_router.adapters.coverage.experts import Expert
+from adapter_router.adapters.coverage.findings import Findings, Roles
+from adapter_router.adapters.coverage.parameters import ParameterCheck
 from adapter_router.adapters.head_config import HeadConfig, default_activation, label_problems, parse_head_config
 from adapter_router.adapters.keys import SortedTensors, sort_tensors
 from adapter_router.adapters.manifest import Manifest, parse_manifest
@@ -107,10 +110,11 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     problems += _base_problems(base, head, manifest)
     naming = choose_naming(base, found.module_paths())
     problems += config.pattern_problems([naming.spelled(path) for path in base.modules])
-    coverage = Coverage(config, method, base, naming, problems)
+    findings = Findings(config, method, base, naming, problems)
+    coverage = Coverage(findings)
     coverage.run(found, initial)
     problems += [fault for fault in config.matcher.problems.values() if fault not in problems]
-    labels, activation, label_faults = _labels(request, head, base, coverage, named=not problems)
+    labels, activation, label_faults = _labels(request, head, base, coverage.parameters, named=not problems)
     problems += label_faults
     problems += _embedding_problems(manifest, base)
     if problems:
@@ -118,20 +122,20 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     return AdapterTensors(
         method=method,
         task=task,
-        num_labels=coverage.num_labels,
+        num_labels=coverage.parameters.num_labels,
         labels=labels,
         activation=activation,
         embedding=manifest.embedding or EmbeddingSettings(),
-        invocation=coverage.invocation,
+        invocation=coverage.tokens.invocation,
         num_tensors=len(tensors),
-        warnings=tuple(coverage.warnings),
-        targets=coverage.targets,
-        experts=coverage.experts,
-        tokens=coverage.tokens,
-        biases=coverage.biases,
-        saved=coverage.saved,
-        replaced=coverage.replaced,
-        copies=coverage.copies,
+        warnings=tuple(findings.warnings),
+        targets=coverage.targets.targets,
+        experts=coverage.experts.experts,
+        tokens=coverage.tokens.tokens,
+        biases=coverage.parameters.biases,
+        saved=coverage.parameters.saved,
+        replaced=coverage.parameters.replaced,
+        copies=coverage.parameters.copies,
         shared=found.shared,
     )
 
@@ -178,7 +182,7 @@ def _embedding_problems(manifest: Manifest, base: BaseSpec) -> list[str]:
 
 
 def _labels(
-    request: Request, head: HeadConfig, base: BaseSpec, coverage: Coverage, *, named: bool
+    request: Request, head: HeadConfig, base: BaseSpec, parameters: ParameterCheck, *, named: bool
 ) -> tuple[tuple[str, ...], Activation, list[str]]:
     """Label names: the caller's, the directory's, the base's for its own head, or transformers' ``LABEL_0``….
 
@@ -186,10 +190,10 @@ def _labels(
     """
     if base.task not in _CLASSIFIES:
         return (), "none", ["labels are given, but the task has none"] if request.labels else []
-    count = coverage.num_labels
+    count = parameters.num_labels
     names = request.labels if request.labels is not None else head.labels
     activation = head.activation
-    if coverage.has_own_head:
+    if parameters.has_own_head:
         activation = activation or _default_activation(base.task, count)
     else:  # the base's head, names and activation included
         activation = activation or base.activation

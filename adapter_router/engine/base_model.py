@@ -45,7 +45,8 @@ _TOKENS = 5
 class PreparedTask:
     """One task's model, what validation knows of it, and what a probe saw.
 
-    ``shares``: its head gives the same answer on a backbone output computed before.
+    ``shares``: its head gives the same answer on a backbone output computed before. ``pads_left``: prompts of different
+    length may be continued side by side.
     """
 
     model: TaskModel
@@ -53,6 +54,7 @@ class PreparedTask:
     weights: BaseWeights
     watched: WatchedModules
     shares: bool
+    pads_left: bool
 
 
 class BaseModel:
@@ -73,6 +75,8 @@ class BaseModel:
         self._active = ActivePlan()
         self._grouped: dict[nn.Module, GroupedModule] = {}
         self._prepared: dict[TaskKind, PreparedTask] = {}
+        self._failed: dict[TaskKind, str] = {}
+        self._preparing = threading.RLock()  # one task at a time; never taken while ``lock`` is held
         first = self._read(self.tasks[0])
         if first.task != "embedding" and not _is_bare(first.backbone, first.config):
             self.tasks = tuple(task for task in self.tasks if task != "embedding")
@@ -82,6 +86,7 @@ class BaseModel:
         has_backbone = bool(first.backbone_path) or first.task == "embedding"
         self._backbone = _whole_backbone(first, lambda: self._read("embedding")) if has_backbone else first.backbone
         self._shared = SharedBackbone(self._backbone) if has_backbone else None
+        self._backbone_options = first.options
         self._prepared[first.task] = self._prepare(first)
 
     @property
@@ -98,10 +103,17 @@ class BaseModel:
         """The base under ``task``'s head. Raises ValueError as the constructor does, KeyError for no task of ours."""
         if task not in self.tasks:
             raise KeyError(task)
-        with self.lock:
-            if task not in self._prepared:
-                self._prepared[task] = self._prepare(self._read(task))
-            return self._prepared[task]
+        if task not in self._prepared:
+            with self._preparing:
+                if task in self._failed:
+                    raise ValueError(self._failed[task])
+                if task not in self._prepared:
+                    try:
+                        self._prepared[task] = self._prepare(self._read(task))
+                    except Exception as error:
+                        self._failed[task] = str(error)
+                        raise
+        return self._prepared[task]
 
     @property
     def vocab_size(self) -> int:
@@ -112,28 +124,33 @@ class BaseModel:
         """Numbers in a token's vector; 0 where the base has no embeddings to give."""
         return int(self.model.config.hidden_size) if "embedding" in self.tasks else 0
 
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """Tokens that end a generated text."""
-        ends = self.model.generation_config.eos_token_id
+    def end_tokens(self, task: TaskKind) -> frozenset[int]:
+        """Tokens that end a text generated for ``task``."""
+        ends = self._prepared[task].model.model.generation_config.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
     def may_share(self, tasks: Sequence[TaskKind]) -> bool:
         """Whether rows of all ``tasks`` can go through the backbone together."""
         return self._shared is not None and all(self._prepared[task].shares for task in tasks)
 
-    def forward(self, features: Batch, plan: BatchPlan) -> list[tuple[Segment, torch.Tensor]]:
-        """Raw output of every segment's rows; ragged ends are NaN. The caller holds ``lock``."""
+    def forward(self, features: Batch, plan: BatchPlan, padding: int | None) -> list[tuple[Segment, torch.Tensor]]:
+        """Raw output of every segment's rows; ragged ends are NaN. The caller holds ``lock``.
+
+        ``padding``: the token that ``features`` are filled up with.
+        """
         tasks = plan.tasks()
         features = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in features.items()}
         with torch.inference_mode(), self._active.running(plan):
             if len(tasks) == 1:
-                raw = self._prepared[plan.segments[0].task].model.run(features)
+                raw = self._prepared[plan.segments[0].task].model.run(features, padding)
                 return [(s, raw[s.start : s.stop]) for s in plan.segments]
-            output = self._backbone(**features)
+            output = self._backbone(**features, **self._backbone_options)
             answers = []
             for task, segments in tasks.items():
-                raw = self._finish(task, features, plan, segments, output)
+                own = rows_of(output, segments, plan.num_rows)
+                chosen = {name: rows_of(tensor, segments, plan.num_rows) for name, tensor in features.items()}
+                with self._active.running(plan.narrowed(segments)):
+                    raw = self._finish(self._prepared[task].model, chosen, own, padding)
                 offset = 0
                 for segment in segments:
                     count = segment.stop - segment.start
@@ -169,29 +186,30 @@ class BaseModel:
     def _read(self, task: TaskKind) -> TaskModel:
         return TaskModel(task, self._source, self._dtype, self.device)
 
-    def _finish(
-        self, task: TaskKind, features: Batch, plan: BatchPlan, segments: list[Segment], output: object
-    ) -> torch.Tensor:
-        """One task's head on its rows of the backbone's ``output``."""
+    def _finish(self, model: TaskModel, features: Batch, output: object, padding: int | None) -> torch.Tensor:
+        """One task's head on the backbone's ``output``."""
         assert self._shared is not None
-        model = self._prepared[task].model
-        own = rows_of(output, segments, plan.num_rows)
-        if task == "embedding":
-            return model.raw(own)
-        chosen = {name: rows_of(tensor, segments, plan.num_rows) for name, tensor in features.items()}
-        with self._shared.answering(own), self._active.running(plan.narrowed(segments)):
-            return model.run(chosen)
+        if model.task == "embedding":
+            return model.raw(output)
+        with self._shared.answering(output):
+            return model.run(features, padding)
 
     def _prepare(self, model: TaskModel) -> PreparedTask:
         """Share the backbone, then look at how the model behaves."""
         shared = self._shared is not None and model.share_backbone(self._backbone)
         with self.lock, torch.inference_mode():
             self._check_padding(model)
-            watched = watch_modules(model.model, self._batch_of, model.run)
+            watched = watch_modules(model.model, self._batch_of, self._run(model))
             shares = shared and self._replays(model, self._batch_of(_SAMPLES))
+            pads_left = model.task == "text-generation" and self._pads_left(model)
         spec = model.describe(watched, self.fingerprint)
         weights = BaseWeights(dict(model.model.named_parameters(remove_duplicate=False)), spec.targets)
-        return PreparedTask(model, spec, weights, watched, shares)
+        return PreparedTask(model, spec, weights, watched, shares, pads_left)
+
+    def _run(self, model: TaskModel) -> Callable[[Batch], torch.Tensor]:
+        """Runs ``model`` on sample rows."""
+        padding = self.encoder.padding(self.encoder.samples(_SAMPLES, None))
+        return lambda batch: model.run(batch, padding)
 
     def _batch_of(self, count: int) -> Batch:
         """Sample rows, padded: a batch without padding would leave masks out."""
@@ -203,11 +221,17 @@ class BaseModel:
 
     def _check_padding(self, model: TaskModel) -> None:
         """Refuse an architecture that cannot be batched exactly."""
+        if getattr(model.config, "attention_type", None) == "block_sparse":
+            raise ValueError(
+                f"base {self._name!r}: its sparse attention depends on the batch's length; set attention_type to "
+                '"original_full" in its config.json'
+            )
         rows = self.encoder.samples(3, None)
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.2  # half precision alone moves small logits by percents
         try:
-            alone = [model.run(self._collate([row]))[0].float() for row in rows]
-            together = [raw[: len(one)].float() for raw, one in zip(model.run(self._collate(rows)), alone, strict=True)]
+            run = self._run(model)
+            alone = [run(self._collate([row]))[0].float() for row in rows]
+            together = [raw[: len(one)].float() for raw, one in zip(run(self._collate(rows)), alone, strict=True)]
         except Exception as failure:
             raise ValueError(f"base {self._name!r} cannot run a padded batch of rows: {failure}") from failure
         error = padding_error(alone, together)
@@ -222,9 +246,34 @@ class BaseModel:
         if model.task == "embedding":
             return True
         assert self._shared is not None
-        with self._shared.answering(self._backbone(**batch)):
-            replayed = model.run(batch)
-        return torch.allclose(replayed.float(), model.run(batch).float(), rtol=1e-4, atol=1e-5)
+        padding = self.encoder.padding(self.encoder.samples(_SAMPLES, None))
+        replayed = self._finish(model, batch, self._backbone(**batch, **self._backbone_options), padding)
+        return torch.allclose(replayed.float(), model.run(batch, padding).float(), rtol=1e-4, atol=1e-5)
+
+    def _pads_left(self, model: TaskModel) -> bool:
+        """Whether two steps of generation give the same logits for prompts alone and padded on the left."""
+        encoder = self.encoder
+        assert isinstance(encoder, TextEncoder)
+
+        def steps(rows: Sequence[EncodedRow]) -> torch.Tensor:
+            batch = encoder.collate(rows, self.device, "left")
+            features = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            done = model.model.generate(
+                **features,
+                max_new_tokens=2,
+                min_new_tokens=2,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            return torch.stack(done.logits, dim=1).float()
+
+        rows = encoder.samples(3, None)
+        try:
+            error = padding_error([steps([row])[0] for row in rows], list(steps(rows)))
+        except Exception:
+            return False
+        return error <= (1e-3 if self.dtype == torch.float32 else 0.2)
 
     def _row_encoder(self, first: TaskModel) -> RowEncoder:
         config = first.config
@@ -237,7 +286,9 @@ class BaseModel:
         sample = encoder.collate(encoder.samples(1, _TOKENS), self.device)
         with torch.inference_mode():
             kept = tuple(
-                name for name in limits.features if name not in _OPTIONAL or zeros_are_default(first.run, sample, name)
+                name
+                for name in limits.features
+                if name not in _OPTIONAL or zeros_are_default(lambda batch: first.run(batch, 0), sample, name)
             )
         return TextEncoder(tokenizer, replace(limits, features=kept), start)
 
@@ -287,7 +338,8 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 
 def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> InputLimits:
     config: PretrainedConfig = model.config
-    max_tokens = getattr(config, "max_position_embeddings", None) or 1 << 30
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    max_tokens = positions if positions > 0 else 1 << 30
     for path, module in model.named_modules():
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from padding_idx + 1, so that many rows of its table are never used.
@@ -298,7 +350,18 @@ def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
     accepted = inspect.signature(model.forward).parameters
     features = tuple(name for name in TEXT_FEATURES if name in accepted)
     type_vocab_size = getattr(config, "type_vocab_size", None) or 1
-    return InputLimits(config.vocab_size, max_tokens, features, config.pad_token_id, type_vocab_size)
+    return InputLimits(
+        config.vocab_size, max_tokens, features, config.pad_token_id, type_vocab_size, _long_from(config)
+    )
+
+
+def _long_from(config: PretrainedConfig) -> int:
+    """From how many tokens on rotary positions are scaled: the longest row of a batch decides for all of it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
+        return 1 << 62
+    own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(own or config.max_position_embeddings) + 1
 
 
 def _fingerprint(model: PreTrainedModel, untrained: frozenset[str]) -> str:

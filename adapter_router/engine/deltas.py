@@ -151,8 +151,9 @@ class _EmbeddingChange:
 
     def _apply(self, y: torch.Tensor, ids: torch.Tensor, delta: DeviceDelta) -> None:
         if delta.token_ids is not None and delta.token_rows is not None:
-            hits = ids.unsqueeze(-1) == delta.token_ids
-            y[hits.any(-1)] = delta.token_rows[hits.nonzero()[:, -1]] * self._scale
+            places = torch.searchsorted(delta.token_ids, ids).clamp(max=len(delta.token_ids) - 1)
+            hits = delta.token_ids[places] == ids
+            y[hits] = delta.token_rows[places[hits]] * self._scale
         if delta.a is not None and delta.b is not None:
             y += functional.embedding(ids, delta.a) @ delta.b * (delta.scaling * self._scale)
         _gain_and_shift(y, delta)
@@ -173,9 +174,15 @@ class _ConvChange:
         changes: Changes,
     ) -> torch.Tensor:
         x: torch.Tensor = args[0] if args else kwargs["input"]
-        base: torch.Tensor = run(*args, **kwargs)
-        y = base.float().clone(memory_format=torch.contiguous_format)
         per_row = x.shape[0] // changes.plan.num_rows
+        if any(delta.input_scale is not None for _, delta in changes):
+            x = x.clone()
+            for segment, delta in changes:
+                if delta.input_scale is not None:
+                    channels = x[segment.start * per_row : segment.stop * per_row].transpose(1, -1)
+                    channels *= delta.input_scale.to(x.dtype)
+        base: torch.Tensor = run(x)
+        y = base.float().clone(memory_format=torch.contiguous_format)
         for segment, delta in changes:
             rows = slice(segment.start * per_row, segment.stop * per_row)
             self._apply(y[rows], x[rows].float(), delta)

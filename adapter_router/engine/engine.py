@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,9 @@ from adapter_router.types import (
 logger = logging.getLogger(__name__)
 
 _GENERATES = ("text-generation", "seq2seq-generation")
+_MAX_NEW_TOKENS = 4096
+# PEFT's model for question answering (0.21) drops this feature, when it trains and ever after.
+_UNSEEN = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -214,19 +217,29 @@ class Engine:
                 if isinstance(found, AdapterRouterError):
                     raise found
                 job = self._encode(index, row, found)
-                if job.task not in _GENERATES:
-                    raise TaskMismatch(f"adapter {row.adapter!r} serves {job.task}, which generates nothing", "adapter")
+                self._check_generation(job)
                 jobs.append(job)
             except AdapterRouterError as error:
                 yield GenerationEvent(index, adapter=row.adapter, error=error)
         for start in range(0, len(jobs), self.config.max_batch_rows):
             yield from self._generate_batch(jobs[start : start + self.config.max_batch_rows])
 
+    def _check_generation(self, job: _Job) -> None:
+        if job.task not in _GENERATES:
+            raise TaskMismatch(f"adapter {job.row.adapter!r} serves {job.task}, which generates nothing", "adapter")
+        if isinstance(job.row.inputs, Mapping) and any(name.startswith("decoder_") for name in job.row.inputs):
+            raise InvalidRequest("generation starts with the decoder's own start token; leave decoder_* out", "inputs")
+        most, limit = generation(job.row.parameters, job.task).max_new_tokens, self.base.encoder.max_tokens
+        prompt = job.encoded.num_tokens if job.task == "text-generation" else 0
+        if most > _MAX_NEW_TOKENS or prompt + most > limit:
+            room = min(_MAX_NEW_TOKENS, limit - prompt)
+            raise InvalidRequest(f"max_new_tokens is {most}, this row has room for {room}", "max_new_tokens")
+
     def _generate_batch(self, jobs: Sequence[_Job]) -> Iterator[GenerationEvent]:
+        events = []
         for group, leased in self._leased_groups(jobs):
             if isinstance(leased, AdapterRouterError):
-                for job in group:
-                    yield GenerationEvent(job.index, adapter=job.row.adapter, error=leased)
+                events += [GenerationEvent(job.index, adapter=job.row.adapter, error=leased) for job in group]
                 continue
             works = [
                 GenerationWork(
@@ -237,8 +250,9 @@ class Engine:
                 )
                 for job in group
             ]
-            for index, generated in self._generator.run(works):
-                yield self._event(group[index], generated)
+            # All of a group before the first is given out: the caller may never come back for the second.
+            events += [self._event(group[index], generated) for index, generated in self._generator.run(works)]
+        yield from events
 
     def _event(self, job: _Job, generated: Generated | InternalError) -> GenerationEvent:
         version = job.version.digest if job.version else self.base.fingerprint
@@ -259,7 +273,10 @@ class Engine:
             raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
         if task not in self.base.tasks:
             raise TaskMismatch(f"this base does not serve {task}; it serves {', '.join(self.base.tasks)}", "task")
-        spec = self.base.task(task).spec
+        try:
+            spec = self.base.task(task).spec
+        except ValueError as error:
+            raise TaskMismatch(f"this base cannot serve {task}: {error}", "task") from error
         if version is None and spec.untrained:
             raise TaskMismatch(f"the bare base has no trained head for {task}; name an adapter", "adapter")
         reader = Reader(
@@ -272,6 +289,8 @@ class Engine:
             raise InvalidRequest("token-classification takes one text, not a pair", "inputs")
         answer = answerer(task, reader, row.parameters)
         encoded = self.base.encoder.encode(row, text_prefix(task, reader, row.parameters))
+        if version is not None and task == "question-answering":
+            encoded = encoded.without(_UNSEEN)
         return _Job(index, row, task, encoded, answer, version)
 
     def _run(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> None:
@@ -281,7 +300,7 @@ class Engine:
                 continue
             works = [Work(job.encoded, _adapter(job, leased), job.task) for job in group]
             for job, answer in zip(group, self._forward.run(works), strict=True):
-                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._result(job, answer)
+                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._answer(job, answer)
 
     def _leased_groups(
         self, jobs: Sequence[_Job]
@@ -328,6 +347,13 @@ class Engine:
         finally:
             for digest in leased:
                 self._residency.release(digest)
+
+    def _answer(self, job: _Job, raw: Array) -> RowOutcome:
+        try:
+            return self._result(job, raw)
+        except Exception as error:
+            logger.exception("a row of adapter %s cannot be answered", job.row.adapter)
+            return InternalError(f"the output cannot be read as an answer: {type(error).__name__}")
 
     def _result(self, job: _Job, raw: Array) -> RowResult:
         output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))

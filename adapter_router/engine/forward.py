@@ -89,7 +89,8 @@ class Forward:
         features = self._base.encoder.collate(chosen, self._base.device)
         with self._base.lock:
             start = time.perf_counter()
-            outputs = [(s, raw.float().cpu().numpy()) for s, raw in self._base.forward(features, plan)]
+            padding = self._base.encoder.padding(chosen)
+            outputs = [(s, raw.float().cpu().numpy()) for s, raw in self._base.forward(features, plan, padding)]
             self._metrics.forward_seconds.observe(time.perf_counter() - start)
         self._metrics.forwards.inc()
         self._metrics.forward_rows.observe(plan.num_rows)
@@ -106,8 +107,6 @@ class Forward:
         if work.task in _LABELLED:
             labels = work.adapter.num_labels if work.adapter else self._base.task(work.task).spec.num_labels
             own = own[..., :labels]
-        elif work.task not in ("question-answering", "embedding"):
-            own = own[..., ~np.isnan(own[0])] if np.isnan(own[0]).any() else own
         return own if np.isfinite(own).all() else InternalError("the model's output is not finite")
 
 

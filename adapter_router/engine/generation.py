@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from adapter_router.engine.forward import NEVER, Work, bisected, invocation_star
 from adapter_router.engine.inputs import TextEncoder
 from adapter_router.engine.plan import BatchPlan, PlanRow, sorted_order
 from adapter_router.errors import InternalError
+
+_CAUSAL = "text-generation"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Generator:
         for index, work in enumerate(works):
             # A saved layer keeps its keys in the batch's one cache: it must have every row of it.
             alone = work.adapter is not None and (work.adapter.solo or work.adapter.caches)
-            groups.setdefault((work.task, work.adapter.digest if work.adapter and alone else None), []).append(index)
-        for indices in groups.values():
+            length = None if self._base.task(work.task).pads_left or work.task != _CAUSAL else work.encoded.num_tokens
+            key = (work.task, work.adapter.digest if work.adapter and alone else None, length, work.encoded.is_long)
+            groups.setdefault(key, []).append(index)
+        for indices in _that_fit(groups.values(), works, self._base.encoder.max_tokens):
             found = bisected([works[index] for index in indices], self._run_once)
             yield from zip(indices, found, strict=True)
 
@@ -50,7 +54,7 @@ class Generator:
         encoder = self._base.encoder
         assert isinstance(encoder, TextEncoder)
         lengths = [work.encoded.num_tokens for work in works]
-        decoder_only = works[0].task == "text-generation"
+        decoder_only = works[0].task == _CAUSAL
         rows = [self._plan_row(work, max(lengths)) for work in works]
         order = sorted_order(rows)
         plan = BatchPlan([rows[index] for index in order], max(lengths))
@@ -62,7 +66,7 @@ class Generator:
         ids = ids[:, max(lengths) if decoder_only else 1 :]
         answers: list[Generated | InternalError] = [InternalError("the model generated nothing")] * len(works)
         for position, index in enumerate(order):
-            answers[index] = self._finish(ids[position], works[index].max_new_tokens)
+            answers[index] = self._finish(ids[position], works[index])
         return answers
 
     def _plan_row(self, work: Work, width: int) -> PlanRow:
@@ -72,8 +76,22 @@ class Generator:
             start += width - work.encoded.num_tokens
         return PlanRow(work.adapter, work.task, start)
 
-    def _finish(self, ids: np.ndarray, most: int) -> Generated:
-        ends = self._base.end_tokens
-        own = ids[:most].tolist()
+    def _finish(self, ids: np.ndarray, work: GenerationWork) -> Generated:
+        ends = self._base.end_tokens(work.task)
+        own = ids[: work.max_new_tokens].tolist()
         stop = next((place for place, token in enumerate(own) if token in ends), None)
         return Generated(tuple(own[:stop]), stop is not None)
+
+
+def _that_fit(groups: Iterable[list[int]], works: Sequence[GenerationWork], limit: int) -> Iterator[list[int]]:
+    """``groups``, each cut where its longest prompt and its most new tokens would not fit the model together."""
+    for indices in groups:
+        current: list[int] = []
+        for index in sorted(indices, key=lambda i: works[i].encoded.num_tokens):
+            joined = [works[i] for i in (*current, index)]
+            longest = max(work.encoded.num_tokens for work in joined)
+            if current and longest + max(work.max_new_tokens for work in joined) > limit:
+                yield current
+                current = []
+            current.append(index)
+        yield current

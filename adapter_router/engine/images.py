@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
 from adapter_router.engine.inputs import EncodedRow
@@ -20,7 +20,8 @@ from adapter_router.types import Array, Row
 
 _PIXELS = "pixel_values"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_MAX_IMAGE_PIXELS = 64 << 20
+_MAX_IMAGE_PIXELS = 32 << 20
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -52,6 +53,10 @@ class ImageEncoder:
         """(rows, channels, height, width)"""
         return {_PIXELS: torch.from_numpy(np.stack([row.features[_PIXELS] for row in rows])).to(device)}
 
+    def padding(self, rows: Sequence[EncodedRow]) -> int | None:  # noqa: ARG002 - images are not filled up
+        """None: there are no tokens."""
+        return None
+
     def samples(self, count: int, tokens: int | None) -> list[EncodedRow]:  # noqa: ARG002 - images have no tokens
         """Images of noise."""
         noise = np.random.default_rng(0).standard_normal((count, *self._shape), dtype=np.float32)
@@ -65,15 +70,19 @@ class ImageEncoder:
         if self._processor is None:
             raise InvalidRequest("this base model has no image processor; send pixel_values", "inputs")
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_IMAGE_PIXELS:
                     raise InvalidRequest(
                         f"the image has {image.width} x {image.height} pixels, at most {_MAX_IMAGE_PIXELS} are read",
                         "inputs",
                     )
-                decoded = image.convert(_MODES.get(self._shape[0], "RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InvalidRequest(f"the input is not an image that can be read: {error}", "inputs") from error
+                decoded = ImageOps.exif_transpose(image).convert(_MODES.get(self._shape[0], "RGB"))
+        except InvalidRequest:
+            raise
+        except Exception as error:  # decoders of broken files raise whatever they like
+            raise InvalidRequest(
+                f"the input is not an image that can be read ({', '.join(_FORMATS)}): {error}", "inputs"
+            ) from error
         with self._lock:
             prepared = self._processor(images=decoded, return_tensors="np")
         return self._checked({_PIXELS: prepared[_PIXELS][0]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,11 +32,16 @@ class EncodedRow:
     num_tokens: int
     num_outputs: int
     spans: TextSpans | None = None
+    is_long: bool = False
+
+    def without(self, feature: str) -> EncodedRow:
+        """The row as if it had been sent without ``feature``."""
+        return replace(self, features={name: array for name, array in self.features.items() if name != feature})
 
     @property
     def shape_key(self) -> tuple[int, ...]:
         """Equal for rows that may share a batch."""
-        return () if "input_ids" in self.features else self.features["pixel_values"].shape
+        return (self.is_long,) if "input_ids" in self.features else self.features["pixel_values"].shape
 
 
 class RowEncoder(Protocol):
@@ -52,6 +57,9 @@ class RowEncoder(Protocol):
     def collate(self, rows: Sequence[EncodedRow], device: torch.device) -> Batch:
         """One batch of (rows, …)."""
 
+    def padding(self, rows: Sequence[EncodedRow]) -> int | None:
+        """The token that a batch of ``rows`` is filled up with; None where there are no tokens."""
+
     def samples(self, count: int, tokens: int | None) -> list[EncodedRow]:
         """Rows to try a model with; ``tokens`` None: of different lengths where the input has one."""
 
@@ -63,7 +71,8 @@ class RowEncoder(Protocol):
 class InputLimits:
     """What the base takes: ids below ``vocab_size``, at most ``max_tokens`` of them, these ``features``.
 
-    ``token_type_ids`` lie below ``type_vocab_size``. ``pad_token_id`` None: the model knows of no padding.
+    ``token_type_ids`` lie below ``type_vocab_size``. Rows of ``long_from`` tokens and more are computed differently,
+    and must not lengthen a batch of others. ``pad_token_id`` None: the model knows of no padding.
     """
 
     vocab_size: int
@@ -71,6 +80,7 @@ class InputLimits:
     features: tuple[str, ...]
     pad_token_id: int | None
     type_vocab_size: int
+    long_from: int = 1 << 62
 
     @property
     def max_characters(self) -> int:
@@ -110,11 +120,11 @@ class TextEncoder:
                 "shorten it or set truncate_prompt_tokens",
                 "inputs",
             )
-        return encoded
+        return replace(encoded, is_long=encoded.num_tokens >= self._limits.long_from)
 
     def collate(self, rows: Sequence[EncodedRow], device: torch.device, side: Side = "right") -> Batch:
         """Features of (rows, longest), padded on one ``side``."""
-        padding = self._padding(rows)
+        padding = self.padding(rows)
         batch = {}
         for name in self._limits.features:
             given = any(name in row.features for row in rows)
@@ -154,7 +164,7 @@ class TextEncoder:
     def _has_decoder(self) -> bool:
         return _DECODER in self._limits.features
 
-    def _padding(self, rows: Sequence[EncodedRow]) -> int:
+    def padding(self, rows: Sequence[EncodedRow]) -> int:
         """The model's padding token; for a model without one, a token that none of ``rows`` has."""
         if self._limits.pad_token_id is not None:
             return self._limits.pad_token_id
@@ -255,7 +265,7 @@ def _texts(inputs: str | tuple[str, ...], prefix: str) -> tuple[str, ...]:
 def _integers(name: str, value: Array) -> Array:
     try:
         array = np.asarray(value)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):  # ragged lists, tensors with gradients
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise InvalidRequest(f"{name} must be a non-empty 1-D array of integers", "inputs")

@@ -23,7 +23,7 @@ from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.engine.slots import SlotTable
 from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable, InternalError
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion
+from adapter_router.types import AdapterVersion, TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Residency:
         self._metrics = metrics
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
+        self._tasks: dict[str, TaskKind] = {}
         self._loading: dict[str, Future[None]] = {}
         self._tickets: defaultdict[str, list[_Ticket]] = defaultdict(list)
         self._changed = threading.Condition()
@@ -113,6 +114,7 @@ class Residency:
     def drop(self, digest: str) -> None:
         """Free an adapter's memory now; one that is in use is left to eviction."""
         with self._changed:
+            self._tasks.pop(digest, None)
             if digest in self._resident and not self._slots.leased(digest):
                 self._evict(digest)
 
@@ -144,7 +146,7 @@ class Residency:
     def _load_cold(self, stored: StoredAdapter, version: AdapterVersion) -> None:
         try:
             if stored.digest not in self._resident:
-                self._load(stored, Request(version.task))
+                self._load(stored, Request(version.task, version.labels or None))
         finally:
             with self._changed:
                 self._loading.pop(stored.digest, None)
@@ -153,6 +155,7 @@ class Residency:
         start = time.perf_counter()
         try:
             tensors = validate(stored.read(), self._bases, request)
+            self._check_task(stored.digest, tensors.task)
             converted = convert(tensors, self._base.task(tensors.task).weights)
             num_bytes = self._checked_size(device_bytes(converted.delta, self._base.dtype))
             loaded = Loaded(tensors, converted, norms(converted.delta), num_bytes)
@@ -169,6 +172,17 @@ class Residency:
         self.load_s += _SMOOTHING * (seconds - self.load_s)
         self._metrics.loaded(seconds)
         return loaded
+
+    def _check_task(self, digest: str, task: TaskKind) -> None:
+        """One content serves one task: what is resident is told by its digest alone."""
+        known = self._tasks.setdefault(digest, task)
+        if known != task:
+            raise AdapterRejected.because(
+                [
+                    f"the same files already serve {known} under another name; give these an adapter_router.json with "
+                    f'{{"task": "{task}"}}'
+                ]
+            )
 
     def _checked_size(self, num_bytes: int) -> int:
         if num_bytes > self._slots.budget_bytes:

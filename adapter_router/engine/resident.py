@@ -23,6 +23,7 @@ class DeviceDelta:
 
     ``a`` (in, rank) and ``b`` (rank, out) of a linear layer, contiguous; of an embedding ``a`` (vocabulary, rank); of a
     convolution its two kernels. ``dense`` (in, out). ``scaling`` is 1 where it has been folded into ``b``.
+    ``token_ids`` ascend.
     """
 
     rank: int = 0
@@ -53,6 +54,10 @@ class DeviceDelta:
         def turned(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return place(tensor.to(device).t() if transposed and tensor is not None else tensor)
 
+        def place_ids(ids: torch.Tensor | None) -> torch.Tensor | None:
+            return None if ids is None else ids[order].to(device)
+
+        order = slice(None) if delta.token_ids is None else delta.token_ids.argsort()
         b = turned(delta.b)
         scaling = 1.0 if folded or delta.b is None else delta.scaling
         if folded and b is not None:
@@ -67,8 +72,8 @@ class DeviceDelta:
             shift=place(delta.shift),
             active_shift=place(delta.active_shift),
             input_scale=place(delta.input_scale),
-            token_ids=None if delta.token_ids is None else delta.token_ids.to(device),
-            token_rows=place(delta.token_rows),
+            token_ids=place_ids(delta.token_ids),
+            token_rows=place(None if delta.token_rows is None else delta.token_rows[order]),
         )
 
 

@@ -37,13 +37,15 @@ class TaskModel:
         self.config: PretrainedConfig = self.model.config
         # A cache would be one for all rows: copies of a saved layer would see each other's keys.
         caching = "use_cache" in inspect.signature(self.model.forward).parameters
-        self._options = {"return_dict": True, **({"use_cache": False} if caching else {})}
+        self.options = {"return_dict": True, **({"use_cache": False} if caching else {})}
         # Decoders score a row at its last token that is not padding. One that knows of no padding token is told which
         # one this batch was padded with, a token that none of its rows has.
         is_text = self.model.main_input_name == "input_ids"
         self._finds_padding_by_id = is_text and task == "text-classification" and self.config.pad_token_id is None
         self._templates: dict[int, PreTrainedModel] = {}
         self._lock = threading.Lock()
+        # Looked up before the backbone is shared: ties are told by identity.
+        self._embedding, self._tied = describe.input_embedding(self.model), describe.tied_modules(self.model)
         backbone = getattr(self.model, self.model.base_model_prefix, None)
         self.backbone_path = self.model.base_model_prefix if isinstance(backbone, nn.Module) else ""
 
@@ -63,11 +65,14 @@ class TaskModel:
             self.model = backbone
         return True
 
-    def run(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Raw output of (rows, …): logits, start and end logits side by side, or the backbone's last hidden state."""
+    def run(self, features: Mapping[str, torch.Tensor], padding: int | None = None) -> torch.Tensor:
+        """Raw output of (rows, …): logits, start and end logits side by side, or the backbone's last hidden state.
+
+        ``padding``: the token that the batch is filled up with.
+        """
         if self._finds_padding_by_id:
-            self.config.pad_token_id = _padding_id(features)
-        return self.raw(self.model(**features, **self._options))
+            self.config.pad_token_id = padding
+        return self.raw(self.model(**features, **self.options))
 
     def raw(self, output: Any) -> torch.Tensor:
         """The task's tensor of a model's output."""
@@ -137,8 +142,8 @@ class TaskModel:
             label_axes=axes,
             untrained=untrained,
             transposed_experts=describe.transposed_experts(own),
-            embedding=describe.input_embedding(self.model),
-            tied=describe.tied_modules(self.model),
+            embedding=self._embedding,
+            tied=self._tied,
             fingerprint=fingerprint,
         )
 
@@ -154,13 +159,3 @@ class TaskModel:
             with torch.device("meta"):
                 self._templates[num_labels] = type(self.model)._from_config(config)
         return self._templates[num_labels]
-
-
-def _padding_id(features: Mapping[str, torch.Tensor]) -> int:
-    """The token that fills the batch up; for a batch without padding one that it does not hold."""
-    ids, mask = features["input_ids"], features["attention_mask"]
-    padding = ids[mask == 0]
-    if len(padding):
-        return int(padding[0])
-    used = set(ids.flatten().tolist())
-    return next(token for token in range(len(used) + 1) if token not in used)

@@ -58,7 +58,8 @@ def _m(name: str, file: str, old: str, new: str, what: Case) -> Mutation:
     return Mutation(name, file, old, new, what)
 
 
-_CONFIG, _COVER, _CONVERT = "adapters/adapter_config.py", "adapters/coverage.py", "adapters/convert.py"
+_CONFIG, _COVER, _CONVERT = "adapters/adapter_config.py", "adapters/coverage/experts.py", "adapters/convert.py"
+_TOKENS_CHECK = "adapters/coverage/tokens.py"
 _LORA, _DELTAS, _PLAN, _FORWARD = "adapters/tuners/lora.py", "engine/deltas.py", "engine/plan.py", "engine/forward.py"
 _PATTERNS, _WEIGHTS, _KERNELS = "adapters/patterns.py", "adapters/base_weights.py", "engine/kernels.py"
 _RESIDENT, _LAYERS, _GENERATE = "engine/resident.py", "engine/layers.py", "engine/generation.py"
@@ -232,8 +233,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _m(
         "token rows not tied",
-        _COVER,
-        "self.tokens = {**dict.fromkeys(self._base.tied, replaced), **self.tokens}",
+        _TOKENS_CHECK,
+        "self.tokens = {**dict.fromkeys(self._findings.base.tied, replaced), **self.tokens}",
         "pass",
         case(*TIED, "token-list"),
     ),

@@ -46,6 +46,11 @@ def needs_initial(init: Any) -> bool:
     return changes_base(init) and _known_name(init) not in _DERIVED_INITS
 
 
+def takes_from_base(document: Mapping[str, Any]) -> bool:
+    """Whether an adapter of this configuration trained against a changed base."""
+    return bool(document.get("kasa_config")) or changes_base(document.get("init_lora_weights", True))
+
+
 def _known_name(init: str) -> str:
     """PEFT takes some names in any case, others as they are."""
     return init.lower() if init.lower() in _ANY_CASE else init
@@ -185,10 +190,9 @@ def _taken_from_base(target: Target, tensors: Mapping[str, torch.Tensor], weight
     config = target.config
     init = config.document.get("init_lora_weights", True)
     rank = config.rank_of(target.path)
-    kasa = bool(config.document.get("kasa_config"))
-    if target.spec.kind != "linear" or not (kasa or changes_base(init)):
+    if target.spec.kind != "linear" or not takes_from_base(config.document):
         return None
-    if kasa:
+    if config.document.get("kasa_config"):
         return weights.smallest(target.base_path, rank)
     scaling = config.scaling_of(target.path, rank)
     if "a0" in tensors:
