@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the process' exit status."""
     parser = argparse.ArgumentParser(prog="adapter-router", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="nine real tenants on two bases: mixed answers, proven right")
+    demo = commands.add_parser("demo", help="ten real tenants on two bases: mixed answers, proven right")
     demo.add_argument("--port", type=int, default=8000)
     serve = commands.add_parser("serve", help="serve a config on this machine until interrupted")
     serve.add_argument("config", nargs="?", default=_DEFAULT_CONFIG, help="a Serve config file (default: %(default)s)")

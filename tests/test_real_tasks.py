@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
@@ -21,7 +22,7 @@ from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
 from adapter_router.types import Row, RowResult
-from deployments.demo.tenants import ADDRESSES, BASE, IMAGE_TENANTS, SAMPLES, TEXT_TENANTS, VISION_BASE
+from deployments.demo.tenants import ADDRESSES, BASE, IMAGE_TENANTS, QUESTIONS, SAMPLES, TEXT_TENANTS, VISION_BASE
 from examples.tenant_data import TENANTS
 from tests.tiny import weights_digest
 
@@ -55,7 +56,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(resolve(BASE))
 
 
-def test_three_tasks_of_six_tenants_share_one_forward(engine: Engine) -> None:
+def test_four_tasks_of_seven_tenants_share_one_forward(engine: Engine) -> None:
     rows = [Row(text, tenant.name) for tenant in TEXT_TENANTS for text in tenant.samples[:4]]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     before, weights = engine.metrics.forwards._value.get(), weights_digest(engine.base.model)
@@ -78,6 +79,19 @@ def test_the_tagger_equals_peft_alone_and_finds_the_parts(engine: Engine) -> Non
     entities = results[0].output["entities"]  # type: ignore[typeddict-item]
     found = {entity["entity_group"]: ADDRESSES[0][entity["start"] : entity["end"]] for entity in entities}
     assert found["AddressNumber"] == "742" and found["ZipCode"] == "62704" and found["StateName"] == "IL"
+
+
+def test_the_answerer_equals_peft_alone_and_is_right(engine: Engine) -> None:
+    base = AutoModelForQuestionAnswering.from_pretrained(resolve(BASE))
+    alone = PeftModel.from_pretrained(base, PATHS["address-questions"]).eval()
+    results = results_of(engine, [Row(pair, "address-questions") for pair in QUESTIONS])
+    for pair, result in zip(QUESTIONS, results, strict=True):
+        with torch.inference_mode():
+            output = alone(**tokenizer()(*pair, return_tensors="pt"))
+        expected = torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)
+        np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    answers = [result.output["answers"][0]["answer"] for result in results]  # type: ignore[typeddict-item]
+    assert (answers[0], answers[1], answers[6]) == ("62704", "1600", "NE")
 
 
 def test_the_embedder_equals_peft_alone_and_finds_the_same_intent(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""``adapter-router demo``: serve nine tenants on two bases, show mixed answers, and prove them right on the spot."""
+"""``adapter-router demo``: serve ten tenants on two bases, show mixed answers, and prove them right on the spot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_demo(port: int) -> bool:
     with TemporaryDirectory(prefix="adapter-router-demo-") as store:
         steps.say("starting a local Ray (nothing leaves this machine)")
         with local_ray(port):
-            steps.say("starting 2 replicas of MiniLM (its digest is checked) with 6 adapters of 3 tasks")
+            steps.say("starting 2 replicas of MiniLM (its digest is checked) with 7 adapters of 4 tasks")
             deploy(_args(BASE, TEXT_TENANTS, store, base_sha256=BASE_SHA256, replicas=2))
             steps.say("starting 1 replica of a tiny ViT with 3 adapters")
             deploy(_args(VISION_BASE, IMAGE_TENANTS, store), _VISION_APP, _VISION_PREFIX)

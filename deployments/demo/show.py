@@ -17,6 +17,7 @@ _TASKS: Mapping[str, TaskKind] = {tenant.name: tenant.task for tenant in (*TEXT_
 _ROUTES: Mapping[TaskKind, str] = {
     "text-classification": "/v1/classify",
     "token-classification": "/v1/token-classify",
+    "question-answering": "/v1/question-answer",
     "embedding": "/v1/embeddings",
     "image-classification": "/v1/image-classify",
 }
@@ -34,14 +35,19 @@ def ask_over_http(http: httpx.Client, rows: Sequence[Row]) -> list[dict[str, Any
     """Answers to one request a row, all at once: the router makes mixed batches of them."""
 
     def ask(row: Row) -> dict[str, Any]:
-        asked = base64.b64encode(row.inputs).decode() if isinstance(row.inputs, bytes) else row.inputs
         route = _ROUTES[_TASKS[str(row.adapter)]]
-        response = http.post(route, json={"model": row.adapter, "input": asked})
-        (entry,) = response.raise_for_status().json()["data"]
-        return dict(entry)
+        response = http.post(route, json={"model": row.adapter, **_asked(row)})
+        answer = response.raise_for_status().json()
+        return dict(answer["data"][0] if "data" in answer else answer)
 
     with ThreadPoolExecutor(len(rows)) as callers:
         return list(callers.map(ask, rows))
+
+
+def _asked(row: Row) -> dict[str, Any]:
+    if isinstance(row.inputs, tuple):
+        return dict(zip(("question", "context"), row.inputs, strict=True))
+    return {"input": base64.b64encode(row.inputs).decode() if isinstance(row.inputs, bytes) else row.inputs}
 
 
 def alike(output: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -58,16 +64,19 @@ def headline(output: Mapping[str, Any]) -> str:
     if "entities" in output:
         parts = [f"{entity['word']}={entity['entity_group']}" for entity in output["entities"]]
         return " ".join(parts[:2]) + (" …" if len(parts) > 2 else "")
+    if "answers" in output:
+        return str(output["answers"][0]["answer"])
     vector = output["embedding"]
     return f"{len(vector)} numbers, the first {vector[0]:+.3f}"
 
 
 def print_table(rows: Sequence[Row], results: Sequence[RowResult]) -> None:
     """Every row, its answer and who gave it."""
-    print(f"\n  {'tenant':13} {'input':{_SHOWN}} {'replica':9} {'version':11} answer")
+    print(f"\n  {'tenant':17} {'input':{_SHOWN}} {'replica':9} {'version':11} answer")
     for row, result in zip(rows, results, strict=True):
         shown = f"image of {len(row.inputs)} bytes" if isinstance(row.inputs, bytes) else str(row.inputs)
+        shown = " ".join(row.inputs) if isinstance(row.inputs, tuple) else shown
         version = result.version.removeprefix("sha256:")[:10]
         answer = headline(result.output)
-        print(f"  {row.adapter:13} {shown:{_SHOWN}.{_SHOWN}} {result.replica!s:9.9} {version:11} {answer}")
+        print(f"  {row.adapter:17} {shown:{_SHOWN}.{_SHOWN}} {result.replica!s:9.9} {version:11} {answer}")
     print()

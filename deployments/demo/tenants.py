@@ -69,17 +69,27 @@ ADDRESSES = [
     "4501 Lincoln Blvd, Omaha, NE 68105",
     "19 Pine Street NW, Atlanta, GA 30303",
 ]
+QUESTIONS = (
+    ("What is the zip code?", ADDRESSES[0]),
+    ("What is the house number?", ADDRESSES[1]),
+    ("What is the unit number?", ADDRESSES[2]),
+    ("What is the box number?", ADDRESSES[3]),
+    ("Which city?", ADDRESSES[4]),
+    ("What is the street name?", ADDRESSES[5]),
+    ("Which state?", ADDRESSES[6]),
+    ("What is the zip code?", ADDRESSES[7]),
+)
 _PICTURES = Path(__file__).parent / "vision" / "samples"
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """One adapter. ``samples``: texts, or encoded images with the label that each shows."""
+    """One adapter. ``samples``: texts or pairs of them; or encoded images with the label that each shows."""
 
     name: str
     path: str
     task: TaskKind
-    samples: tuple[str, ...] = ()
+    samples: tuple[str | tuple[str, str], ...] = ()
     images: tuple[tuple[bytes, str], ...] = ()
 
 
@@ -93,6 +103,12 @@ TEXT_TENANTS = (
     *(Tenant(name, path, "text-classification", tuple(SAMPLES[name])) for name, path in ADAPTERS.items()),
     Tenant(
         "addresses", "package:deployments/demo/adapters/addresses", "token-classification", samples=tuple(ADDRESSES)
+    ),
+    Tenant(
+        "address-questions",
+        "package:deployments/demo/adapters/address-questions",
+        "question-answering",
+        samples=QUESTIONS,
     ),
     Tenant(
         "intent-search",
