@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
 from adapter_router.engine.probe import Batch, WatchedModules, padding_error, watch_modules, zeros_are_default
 from adapter_router.engine.task_model import TaskModel
 from adapter_router.types import TaskKind
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 _WEIGHTS = "model.safetensors"
@@ -272,6 +275,7 @@ class BaseModel:
         try:
             error = padding_error([steps([row])[0] for row in rows], list(steps(rows)))
         except Exception:
+            logger.info("base %s cannot continue padded prompts: each length runs by itself", self._name, exc_info=True)
             return False
         return error <= (1e-3 if self.dtype == torch.float32 else 0.2)
 

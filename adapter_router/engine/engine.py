@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,10 +19,9 @@ from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.forward import Forward, Work
 from adapter_router.engine.generation import Generated, GenerationWork, Generator
-from adapter_router.engine.inputs import EncodedRow
+from adapter_router.engine.leasing import Job, Leases
 from adapter_router.engine.residency import Loaded, Residency
-from adapter_router.engine.resident import ResidentAdapter
-from adapter_router.engine.tasks.answering import Answerer, Given, Reader, answerer, text_prefix
+from adapter_router.engine.tasks.answering import Given, Reader, answerer, text_prefix
 from adapter_router.engine.tasks.parameters import generation
 from adapter_router.errors import (
     AdapterNotFound,
@@ -57,18 +54,6 @@ _MAX_NEW_TOKENS = 4096
 _UNSEEN = "token_type_ids"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One encoded row on its way; ``version`` None is the bare base."""
-
-    index: int
-    row: Row
-    task: TaskKind
-    encoded: EncodedRow
-    answer: Answerer
-    version: AdapterVersion | None
-
-
 class Engine:
     """One base model and the adapters on it. Every method may be called from any thread."""
 
@@ -82,6 +67,7 @@ class Engine:
         self.base = BaseModel(config)
         self.metrics = EngineMetrics()
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
+        self._leases = Leases(self._residency, self.metrics)
         self._catalog = Catalog()
         self._forward = Forward(self.base, self.metrics)
         self._generator = Generator(self.base)
@@ -210,7 +196,7 @@ class Engine:
 
     def generate(self, rows: Sequence[Row]) -> Iterator[GenerationEvent]:
         """Continue ``rows`` greedily; one event a row, when its batch is done. A row that failed is an event, too."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         for index, row in enumerate(rows):
             try:
                 found = self._catalog.find(row.adapter)
@@ -224,7 +210,7 @@ class Engine:
         for start in range(0, len(jobs), self.config.max_batch_rows):
             yield from self._generate_batch(jobs[start : start + self.config.max_batch_rows])
 
-    def _check_generation(self, job: _Job) -> None:
+    def _check_generation(self, job: Job) -> None:
         if job.task not in _GENERATES:
             raise TaskMismatch(f"adapter {job.row.adapter!r} serves {job.task}, which generates nothing", "adapter")
         if isinstance(job.row.inputs, Mapping) and any(name.startswith("decoder_") for name in job.row.inputs):
@@ -235,16 +221,16 @@ class Engine:
             room = min(_MAX_NEW_TOKENS, limit - prompt)
             raise InvalidRequest(f"max_new_tokens is {most}, this row has room for {room}", "max_new_tokens")
 
-    def _generate_batch(self, jobs: Sequence[_Job]) -> Iterator[GenerationEvent]:
+    def _generate_batch(self, jobs: Sequence[Job]) -> Iterator[GenerationEvent]:
         events = []
-        for group, leased in self._leased_groups(jobs):
+        for group, leased in self._leases.groups(jobs):
             if isinstance(leased, AdapterRouterError):
                 events += [GenerationEvent(job.index, adapter=job.row.adapter, error=leased) for job in group]
                 continue
             works = [
                 GenerationWork(
                     job.encoded,
-                    _adapter(job, leased),
+                    job.adapter(leased),
                     job.task,
                     generation(job.row.parameters, job.task).max_new_tokens,
                 )
@@ -254,7 +240,7 @@ class Engine:
             events += [self._event(group[index], generated) for index, generated in self._generator.run(works)]
         yield from events
 
-    def _event(self, job: _Job, generated: Generated | InternalError) -> GenerationEvent:
+    def _event(self, job: Job, generated: Generated | InternalError) -> GenerationEvent:
         version = job.version.digest if job.version else self.base.fingerprint
         if isinstance(generated, InternalError):
             return GenerationEvent(job.index, adapter=job.row.adapter, version=version, error=generated)
@@ -267,7 +253,7 @@ class Engine:
             version=version,
         )
 
-    def _encode(self, index: int, row: Row, version: AdapterVersion | None) -> _Job:
+    def _encode(self, index: int, row: Row, version: AdapterVersion | None) -> Job:
         task = version.task if version else row.task or self.base.tasks[0]
         if row.task is not None and row.task != task:
             raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
@@ -291,71 +277,25 @@ class Engine:
         encoded = self.base.encoder.encode(row, text_prefix(task, reader, row.parameters))
         if version is not None and task == "question-answering":
             encoded = encoded.without(_UNSEEN)
-        return _Job(index, row, task, encoded, answer, version)
+        return Job(index, row, task, encoded, answer, version)
 
-    def _run(self, jobs: Sequence[_Job], outcomes: dict[int, RowOutcome]) -> None:
-        for group, leased in self._leased_groups(jobs):
+    def _run(self, jobs: Sequence[Job], outcomes: dict[int, RowOutcome]) -> None:
+        for group, leased in self._leases.groups(jobs):
             if isinstance(leased, AdapterRouterError):
                 outcomes.update({job.index: leased for job in group})
                 continue
-            works = [Work(job.encoded, _adapter(job, leased), job.task) for job in group]
+            works = [Work(job.encoded, job.adapter(leased), job.task) for job in group]
             for job, answer in zip(group, self._forward.run(works), strict=True):
                 outcomes[job.index] = answer if isinstance(answer, InternalError) else self._answer(job, answer)
 
-    def _leased_groups(
-        self, jobs: Sequence[_Job]
-    ) -> Iterator[tuple[list[_Job], dict[str, ResidentAdapter] | AdapterRouterError]]:
-        """``jobs`` in groups whose adapters are leased while the caller works on them, or with what keeps them out.
-
-        Resident adapters at once, cold ones as the loader brings them in. No lease is held while waiting for one.
-        """
-        leased: dict[str, ResidentAdapter] = {}
-        for digest, version in _versions(jobs).items():
-            resident = self._residency.try_acquire(digest)
-            if resident is not None:
-                leased[digest] = resident
-            else:
-                self._residency.prefetch(version)
-        bare = [job for job in jobs if job.version is None]
-        ready, waiting = _split([job for job in jobs if job.version], leased)
-        self.metrics.hits.inc(len(ready))
-        self.metrics.misses.inc(len(waiting))
-        with self._releasing(leased):
-            if bare or ready:
-                yield [*bare, *ready], leased
-        while waiting:
-            versions = _versions(waiting)
-            first, version = versions.popitem()
-            try:
-                leased = {first: self._residency.acquire(version)}
-            except AdapterRouterError as error:
-                failed, waiting = _split(waiting, {first})
-                yield failed, error
-                continue
-            with self._releasing(leased):
-                for digest in versions:
-                    resident = self._residency.try_acquire(digest)
-                    if resident is not None:
-                        leased[digest] = resident
-                ready, waiting = _split(waiting, leased)
-                yield ready, leased
-
-    @contextmanager
-    def _releasing(self, leased: dict[str, ResidentAdapter]) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for digest in leased:
-                self._residency.release(digest)
-
-    def _answer(self, job: _Job, raw: Array) -> RowOutcome:
+    def _answer(self, job: Job, raw: Array) -> RowOutcome:
         try:
             return self._result(job, raw)
         except Exception as error:
             logger.exception("a row of adapter %s cannot be answered", job.row.adapter)
             return InternalError(f"the output cannot be read as an answer: {type(error).__name__}")
 
-    def _result(self, job: _Job, raw: Array) -> RowResult:
+    def _result(self, job: Job, raw: Array) -> RowResult:
         output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))
         digest = job.version.digest if job.version else self.base.fingerprint
         return RowResult(output, logits, job.row.adapter, digest, job.encoded.num_tokens)
@@ -371,17 +311,3 @@ def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:
         norms=loaded.norms,
         warnings=(*loaded.converted.warnings, *idle_modules(loaded.norms)),
     )
-
-
-def _adapter(job: _Job, leased: dict[str, ResidentAdapter]) -> ResidentAdapter | None:
-    return leased[job.version.digest] if job.version else None
-
-
-def _split(jobs: Sequence[_Job], digests: Container[str]) -> tuple[list[_Job], list[_Job]]:
-    """Jobs whose adapter is among ``digests``, and the others."""
-    ready = [job for job in jobs if job.version and job.version.digest in digests]
-    return ready, [job for job in jobs if not (job.version and job.version.digest in digests)]
-
-
-def _versions(jobs: Sequence[_Job]) -> dict[str, AdapterVersion]:
-    return {job.version.digest: job.version for job in jobs if job.version}

@@ -220,8 +220,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     _m(
         "token rows added to an embedding",
         _DELTAS,
-        "y[hits.any(-1)] = delta.token_rows",
-        "y[hits.any(-1)] += delta.token_rows",
+        "y[hits] = delta.token_rows",
+        "y[hits] += delta.token_rows",
         case(*LLAMA, "token-list"),
     ),
     _m(
