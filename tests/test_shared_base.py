@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DebertaV2Config,
     LlamaConfig,
 )
 
@@ -171,3 +172,30 @@ def test_generation_that_cannot_fit_is_refused_alone(tmp_path: Path) -> None:
     assert isinstance(events[0].error, InvalidRequest) and "room for 10" in str(events[0].error)
     assert events[1].error is None and events[2].error is None
     assert isinstance(events[3].error, TaskMismatch)
+
+
+def test_a_base_that_minds_masked_tokens_takes_rows_without_them(tmp_path: Path) -> None:
+    """DeBERTa lets a masked token attend to padding: such rows depend on the length of their batch."""
+    config = DebertaV2Config(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        type_vocab_size=0,
+    )
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    ids, long = np.arange(5, 11), np.arange(5, 35)
+    with Engine(EngineConfig(base=str(tmp_path / "base"), device="cpu")) as engine:
+        padded = {"input_ids": ids, "attention_mask": np.array([1, 1, 1, 1, 0, 0])}
+        gap = {"input_ids": ids, "attention_mask": np.array([0, 1, 1, 1, 1, 1])}
+        cut, refused, _ = engine.infer([Row(padded), Row(gap), Row({"input_ids": long})])
+        (short,) = engine.infer([Row({"input_ids": ids[:4]})])
+    assert isinstance(cut, RowResult) and isinstance(short, RowResult)
+    np.testing.assert_allclose(cut.logits, short.logits, atol=1e-5)
+    assert isinstance(refused, InvalidRequest) and "leave them out" in str(refused)

@@ -91,6 +91,8 @@ class BaseModel:
         self._shared = SharedBackbone(self._backbone) if has_backbone else None
         self._backbone_options = first.options
         self._prepared[first.task] = self._prepare(first)
+        if isinstance(self.encoder, TextEncoder):
+            self.encoder.masks_anywhere = self._keeps_masked_rows(first, self.encoder)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -243,6 +245,19 @@ class BaseModel:
                 f"base {self._name!r} ({model.config.model_type}): padding moves its logits by {error:.1e} of their "
                 "size, so rows of different length cannot share a batch exactly"
             )
+
+    def _keeps_masked_rows(self, model: TaskModel, encoder: TextEncoder) -> bool:
+        """Whether a row whose first token is masked answers alike alone and beside longer ones."""
+        short, *longer = encoder.samples(3, None)
+        mask = short.features["attention_mask"].copy()
+        mask[0] = 0
+        masked = replace(short, features={**short.features, "attention_mask": mask})
+        with self.lock, torch.inference_mode():
+            run = self._run(model)
+            alone = run(self._collate([masked]))[0].float()
+            beside = run(self._collate([masked, *longer]))[0].float()[: len(alone)]
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.2
+        return padding_error([alone], [beside]) <= tolerance
 
     def _replays(self, model: TaskModel, batch: Batch) -> bool:
         """Whether the head, given the backbone's output, answers as the whole model does."""

@@ -95,6 +95,7 @@ class TextEncoder:
         self, tokenizer: PreTrainedTokenizerBase | None, limits: InputLimits, decoder_start: int | None = None
     ) -> None:
         """``decoder_start``: the token that an encoder-decoder's decoder begins with."""
+        self.masks_anywhere = True  # False: a row's masked tokens answer differently beside longer rows
         self._tokenizer = tokenizer
         self._decoder_start = decoder_start
         self._limits = limits
@@ -206,6 +207,16 @@ class TextEncoder:
         features.setdefault("attention_mask", np.ones_like(features["input_ids"]))
         return EncodedRow(self._with_decoder(features), length, length, self._spans(texts, encoded) if fast else None)
 
+    def _without_padding(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """The row up to its last attended token; masked tokens before it cannot be served exactly."""
+        mask = arrays["attention_mask"]
+        end = int(np.flatnonzero(mask)[-1]) + 1
+        if not mask[:end].all():
+            raise InvalidRequest(
+                "this base answers a row with masked tokens differently beside longer rows: leave them out", "inputs"
+            )
+        return {name: array if name.startswith("decoder_") else array[:end] for name, array in arrays.items()}
+
     def _spans(self, texts: tuple[str, ...], encoded: BatchEncoding) -> TextSpans:
         tokenizer: Any = self._tokenizer
         return TextSpans.of(
@@ -246,13 +257,22 @@ class TextEncoder:
         mask = arrays.setdefault("attention_mask", np.ones_like(ids))
         if mask.min() < 0 or mask.max() != 1:
             raise InvalidRequest("attention_mask must hold 0 and 1, and at least one 1", "inputs")
+        if not self.masks_anywhere and not mask.all():
+            arrays = self._without_padding(arrays)
+            ids = arrays["input_ids"]
         arrays = self._with_decoder(arrays)
+        return EncodedRow(arrays, len(ids), self._checked_outputs(arrays))
+
+    def _checked_outputs(self, arrays: Mapping[str, Array]) -> int:
+        """Positions that the model answers for: the decoder's where it has one."""
         decoder = arrays.get(_DECODER)
-        if decoder is not None and len(arrays.get("decoder_attention_mask", decoder)) != len(decoder):
+        if decoder is None:
+            return len(arrays["input_ids"])
+        if len(arrays.get("decoder_attention_mask", decoder)) != len(decoder):
             raise InvalidRequest("decoder_input_ids and decoder_attention_mask must be of one length", "inputs")
-        if decoder is not None and len(decoder) > self._limits.max_tokens:
+        if len(decoder) > self._limits.max_tokens:
             raise InputTooLong(f"{len(decoder)} decoder tokens, this model takes {self._limits.max_tokens}", "inputs")
-        return EncodedRow(arrays, len(ids), len(ids) if decoder is None else len(decoder))
+        return len(decoder)
 
 
 def _texts(inputs: str | tuple[str, ...], prefix: str) -> tuple[str, ...]:
