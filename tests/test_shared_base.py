@@ -125,6 +125,8 @@ def test_a_masked_token_of_one_caller_is_not_everybodys_padding(tmp_path: Path) 
 def test_one_content_serves_one_task(tiny_bert: TinyBase, engine: Engine, tmp_path: Path) -> None:
     directory = tiny_bert.adapter(tmp_path / "a", 3, 0)
     edit_config(directory, task_type=None, modules_to_save=["classifier"])
+    with pytest.raises(AdapterRejected):  # what was refused leaves no claim on the content
+        engine.load_adapter("text", directory, task="token-classification", labels=["too few"])
     engine.load_adapter("text", directory, task="text-classification")
     with pytest.raises(AdapterRejected, match=r"adapter_router\.json"):
         engine.load_adapter("tokens", directory, task="token-classification")

@@ -160,6 +160,7 @@ class Residency:
             num_bytes = self._checked_size(device_bytes(converted.delta, self._base.dtype))
             loaded = Loaded(tensors, converted, norms(converted.delta), num_bytes)
             self._install(stored.digest, loaded)
+            self._tasks[stored.digest] = tensors.task
         except AdapterRouterError as error:
             self._metrics.load_failed(error)
             raise
@@ -175,7 +176,7 @@ class Residency:
 
     def _check_task(self, digest: str, task: TaskKind) -> None:
         """One content serves one task: what is resident is told by its digest alone."""
-        known = self._tasks.setdefault(digest, task)
+        known = self._tasks.get(digest, task)
         if known != task:
             raise AdapterRejected.because(
                 [
