@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from adapter_router.adapters.base_spec import BaseSpec
@@ -27,8 +22,15 @@ from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
 from adapter_router.engine.auto_classes import served_tasks
 from adapter_router.engine.backbone import SharedBackbone, rows_of
+from adapter_router.engine.base_files import (
+    check_digest,
+    device_of,
+    fingerprint_of,
+    input_limits,
+    read_tokenizer,
+)
 from adapter_router.engine.images import ImageEncoder
-from adapter_router.engine.inputs import TEXT_FEATURES, EncodedRow, InputLimits, RowEncoder, TextEncoder
+from adapter_router.engine.inputs import EncodedRow, RowEncoder, TextEncoder
 from adapter_router.engine.layers import GroupedModule
 from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
 from adapter_router.engine.probe import Batch, WatchedModules, padding_error, watch_modules, zeros_are_default
@@ -37,8 +39,6 @@ from adapter_router.types import TaskKind
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
-_WEIGHTS = "model.safetensors"
 _OPTIONAL = ("token_type_ids",)  # features that a row may leave out
 _SAMPLES = 6
 _TOKENS = 5
@@ -68,12 +68,12 @@ class BaseModel:
 
         Raises ValueError when its weights are not those ``config.base_sha256`` names, or it cannot run a batch exactly.
         """
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         self.lock = threading.RLock()  # held by whoever runs the model or changes how it runs
         self._name = config.base
         self._source = resolve(config.base)
         self._dtype = config.dtype
-        _check_digest(self._source, config.base_sha256)
+        check_digest(self._source, config.base_sha256)
         self.tasks = served_tasks(AutoConfig.from_pretrained(self._source))
         self._active = ActivePlan()
         self._grouped: dict[nn.Module, GroupedModule] = {}
@@ -83,7 +83,7 @@ class BaseModel:
         first = self._read(self.tasks[0])
         if first.task != "embedding" and not _is_bare(first.backbone, first.config):
             self.tasks = tuple(task for task in self.tasks if task != "embedding")
-        self.fingerprint = _fingerprint(first.model, first.untrained)
+        self.fingerprint = fingerprint_of(first.model, first.untrained)
         self.dtype: torch.dtype = first.model.dtype
         self.encoder = self._row_encoder(first)
         has_backbone = bool(first.backbone_path) or first.task == "embedding"
@@ -298,8 +298,8 @@ class BaseModel:
         config = first.config
         if first.model.main_input_name == "pixel_values":
             return ImageEncoder(self._source, getattr(config, "vision_config", None) or config)
-        tokenizer = _tokenizer(self._source)
-        limits = _limits(first.model, tokenizer)
+        tokenizer = read_tokenizer(self._source)
+        limits = input_limits(first.model, tokenizer)
         start = config.decoder_start_token_id if config.is_encoder_decoder else None
         encoder = TextEncoder(tokenizer, limits, start)
         sample = encoder.collate(encoder.samples(1, _TOKENS), self.device)
@@ -327,67 +327,3 @@ def _whole_backbone(first: TaskModel, read: Callable[[], TaskModel]) -> nn.Modul
         return first.backbone
     backbone: nn.Module = read().model
     return backbone
-
-
-def _check_digest(source: str, expected: str | None) -> None:
-    if expected is None:
-        return
-    path = Path(source) / _WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"base {source!r} has no {_WEIGHTS} to compare with base_sha256")
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise ValueError(f"base {source!r}: {_WEIGHTS} has sha256 {actual}, expected {expected}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    # Without this look transformers builds an empty tokenizer for a directory that has none.
-    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    return tokenizer
-
-
-def _limits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> InputLimits:
-    config: PretrainedConfig = model.config
-    positions = getattr(config, "max_position_embeddings", None) or 0
-    max_tokens = positions if positions > 0 else 1 << 30
-    for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1, so that many rows of its table are never used.
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            max_tokens = min(max_tokens, module.num_embeddings - unused)
-    if tokenizer is not None:
-        max_tokens = min(max_tokens, tokenizer.model_max_length)
-    accepted = inspect.signature(model.forward).parameters
-    features = tuple(name for name in TEXT_FEATURES if name in accepted)
-    type_vocab_size = getattr(config, "type_vocab_size", None) or 1
-    return InputLimits(
-        config.vocab_size, max_tokens, features, config.pad_token_id, type_vocab_size, _long_from(config)
-    )
-
-
-def _long_from(config: PretrainedConfig) -> int:
-    """From how many tokens on rotary positions are scaled: the longest row of a batch decides for all of it."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
-        return 1 << 62
-    own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return int(own or config.max_position_embeddings) + 1
-
-
-def _fingerprint(model: PreTrainedModel, untrained: frozenset[str]) -> str:
-    """sha256 over names and bytes of all weights that came from the checkpoint."""
-    hasher = hashlib.sha256(model.config.model_type.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in untrained:
-            hasher.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return "sha256:" + hasher.hexdigest()
