@@ -56,7 +56,7 @@ _LIMITS = f"(at most {_MAX_NAMES}, each of at most {_MAX_NAME_LENGTH} characters
 class AdapterConfig:
     """The part of a PEFT configuration that all methods share; names as in PEFT.
 
-    Paths are those of the adapter's own naming. ``sound``: no field had to be read as something else.
+    Paths are those of the adapter's own naming. ``ranks_known``: no rank had to be read as another.
     ``document`` is the file itself, for the methods' own fields.
     """
 
@@ -73,7 +73,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     bias: str
-    sound: bool = True
+    ranks_known: bool = True
     document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
@@ -134,7 +134,6 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
     if document is None:
         return None, problems
     problems += _contradictions(document)
-    known = len(problems)
     reader = _FieldReader(document, problems)
     patterned = document.get("peft_type") in _PATTERNED
     alpha_name = "lora_alpha" if "lora_alpha" in document else "alpha"
@@ -155,7 +154,7 @@ def parse_adapter_config(raw: bytes) -> tuple[AdapterConfig | None, list[str]]:
         bias=document["bias"] if document.get("bias") in _BIASES else "none",
         document=document,
     )
-    return replace(config, sound=len(problems) == known), problems
+    return replace(config, ranks_known=not reader.rank_faults), problems
 
 
 def unserved_fields(document: Mapping[str, Any], known: Collection[str]) -> list[str]:
@@ -197,10 +196,12 @@ class _FieldReader:
     def __init__(self, document: dict[str, Any], problems: list[str]) -> None:
         self._document = document
         self._problems = problems
+        self.rank_faults = False
 
     def rank(self, name: str, value: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK:
             return value
+        self.rank_faults = True
         self._problems.append(f"{name} is {_short(value)}, must be an integer from 1 to {_MAX_RANK}")
         return 1
 

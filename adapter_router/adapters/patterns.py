@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import regex
 
 _MATCH_LIMIT_S = 0.25  # by the clock, which other processes share
-_ADAPTER_LIMIT_S = 1.0
+_ADAPTER_LIMIT_S = 0.5
 _SPENT_S = 1e-3
 # A brace that is no quantifier is literal text to ``re`` and a fuzzy match to ``regex``; so are POSIX classes.
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[\[?:")

@@ -20,7 +20,7 @@ class TargetCheck:
         self._surplus: dict[str, list[str]] = defaultdict(list)
         # Where the method's own fields are faulty, what they ask of the tensors is not known.
         config = findings.config
-        self._understood = config.sound and not findings.method.config_problems(config.document)
+        self._understood = config.ranks_known and not findings.method.config_problems(config.document)
         self.declared: set[str] = set()
         self.targets: dict[Target, Roles] = {}
 
