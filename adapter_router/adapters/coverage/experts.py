@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter_router.adapters.coverage.findings import Findings, Roles, ends_in
+from adapter_router.adapters.coverage.findings import Findings, Roles, tails
 from adapter_router.adapters.keys import SortedTensors, listed
 
 
@@ -47,16 +47,15 @@ class ExpertCheck:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self._findings.problems.append("target_parameters must be a list of names")
             return {}
+        wanted, matched = set(names), set[str]()
         owners: dict[str, list[str]] = defaultdict(list)
-        matched = set()
         for parameter in self._findings.base.parameters:
             owner, _, leaf = parameter.rpartition(".")
             spelled = f"{self._findings.naming.spelled(owner)}.{leaf}"
-            hits = {name for name in names if ends_in(spelled, name)}
-            if hits:
+            if hits := wanted.intersection(tails(spelled)):
                 owners[owner].append(leaf)
-            matched |= hits
-        if unmatched := sorted(set(names) - matched):
+                matched |= hits
+        if unmatched := sorted(wanted - matched):
             self._findings.problems.append(
                 f"target_parameters names {listed(unmatched)}, which this base does not have"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from adapter_router.adapters.adapter_config import AdapterConfig
@@ -45,6 +47,10 @@ class Findings:
             self.problems.append(f"{len(self._misshapes) - _SPELLED_OUT} more tensors have other shapes than needed")
 
 
-def ends_in(path: str, name: str) -> bool:
-    """Whether ``name`` is a tail of ``path``, at a dot."""
-    return path == name or path.endswith("." + name)
+def tails(path: str) -> Iterator[str]:
+    """``path`` and what follows each of its dots: the names that ``target_parameters`` and their like match."""
+    while True:
+        yield path
+        _, dot, path = path.partition(".")
+        if not dot:
+            return

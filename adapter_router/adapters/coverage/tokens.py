@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapter_router.adapters.coverage.findings import Findings, ends_in
+from adapter_router.adapters.coverage.findings import Findings, tails
 from adapter_router.adapters.keys import Tensors, listed
 from adapter_router.adapters.tuners.tuner import Target
 
@@ -63,7 +63,7 @@ class TokenCheck:
 
     def _token_ids(self, indices: Any, name: str) -> tuple[int, ...]:
         if isinstance(indices, dict):
-            indices = next((ids for key, ids in indices.items() if ends_in(name, str(key))), [])
+            indices = next((ids for key, ids in indices.items() if str(key) in tails(name)), [])
         good = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
         return tuple(indices) if good else ()
 
