@@ -1,0 +1,1 @@
+"""What ``adapter-router`` can be told to do, a file a command."""
