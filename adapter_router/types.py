@@ -64,7 +64,9 @@ def is_unicode(text: str) -> bool:
 class Row:
     """One input for one adapter.
 
-    ``adapter`` None means the bare base. ``task`` is only needed where it cannot be inferred.
+    ``adapter``: a name; names and weights of a mix, ``{"a": 0.7, "b": -0.3}``; None for the bare base. ``head`` names
+    the adapter of a mix whose saved modules (classifier…), labels and settings answer; only needed where more than one
+    could. ``task`` is only needed where it cannot be inferred.
     ``parameters``, each for the tasks it concerns:
 
     - texts: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of refusing it
@@ -78,16 +80,18 @@ class Row:
     """
 
     inputs: Inputs
-    adapter: str | None = None
+    adapter: str | Mapping[str, float] | None = None
     task: TaskKind | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    head: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what could not even be looked at; values are checked where the row is encoded."""
         kinds: tuple[tuple[str, tuple[type, ...]], ...] = (
             ("inputs", (str, tuple, bytes, Mapping)),
-            ("adapter", (str, NoneType)),
+            ("adapter", (str, Mapping, NoneType)),
             ("parameters", (Mapping,)),
+            ("head", (str, NoneType)),
         )
         for name, allowed in kinds:
             if not isinstance(getattr(self, name), allowed):
@@ -167,7 +171,8 @@ class RowResult:
     ``logits`` is the base architecture's raw output for this row under its adapter, unpadded: ``(labels,)``;
     ``(tokens, labels)`` for token classification; ``(tokens, 2)``, start and end, for question answering;
     ``(tokens, vocabulary)`` for generation tasks; ``(features,)`` for an embedding, ``(tokens, features)`` with
-    pooling "none". ``version`` names the adapter's exact content (``sha256:…``; the base's for a bare row).
+    pooling "none". ``adapter``: the name asked for, a mix spelled out. ``version`` names the adapter's exact content
+    (``sha256:…``; the base's for a bare row); ``parts``: of a mix, those of its adapters and their weights.
     """
 
     output: Output
@@ -176,6 +181,7 @@ class RowResult:
     version: str
     num_tokens: int
     replica: str | None = None
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 RowOutcome = RowResult | AdapterRouterError
@@ -215,16 +221,33 @@ class AdapterFiles:
 class AdapterVersion:
     """One immutable version of one adapter: all that a replica needs to read and serve it.
 
-    ``digest`` is the content hash of ``directory``, a private copy that nobody else writes.
+    ``digest`` is the content hash of ``directory``, a private copy that nobody else writes. A mix has ``parts`` and no
+    directory; its digest follows from theirs, the weights and the head. ``has_head``: it brings saved modules.
     """
 
     adapter: str
     digest: str
-    directory: Path
+    directory: Path | None
     task: TaskKind
     labels: tuple[str, ...]
     activation: Activation
     embedding: EmbeddingSettings = EmbeddingSettings()
+    has_head: bool = False
+    parts: tuple[MixPart, ...] = ()
+
+    @property
+    def head(self) -> AdapterVersion | None:
+        """Of a mix: the part whose saved modules answer."""
+        return next((part.version for part in self.parts if part.is_head), None)
+
+
+@dataclass(frozen=True)
+class MixPart:
+    """One adapter of a mix, and what its changes are multiplied by."""
+
+    version: AdapterVersion
+    weight: float
+    is_head: bool
 
 
 @dataclass(frozen=True)

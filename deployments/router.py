@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Router:
 
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer rows in order; an error stands in the place of the row it concerns."""
-        found = [self._find(row.adapter) for row in rows]
+        found = [self.version_of(row.adapter, row.head) for row in rows]
         for version in found:
             if isinstance(version, AdapterRouterError):
                 self._metrics.errors.labels(version.code).inc()
@@ -107,6 +107,16 @@ class Router:
     async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
         """The base and every registered adapter."""
         return self._base, self._catalog.versions()
+
+    def version_of(
+        self, adapter: str | Mapping[str, float] | None, head: str | None = None
+    ) -> AdapterVersion | AdapterRouterError | None:
+        """What answers rows that name ``adapter``, a mix too; None is the bare base."""
+        if adapter == self._base.name:
+            adapter = None
+        names = list(adapter) if isinstance(adapter, Mapping) else [adapter or ""]
+        failed = (self.failures[name] for name in names if name in self.failures)
+        return next(failed, None) or self._catalog.find(adapter, head)
 
     # -- operation -----------------------------------------------------------------------------------------------
 
@@ -157,11 +167,6 @@ class Router:
             raise report
         self._dispatcher.fleet.loaded(replica, stored.digest)
         return report
-
-    def _find(self, adapter: str | None) -> AdapterVersion | AdapterRouterError | None:
-        if adapter == self._base.name:
-            return None
-        return self.failures.get(adapter or "") or self._catalog.find(adapter)
 
     def _living(self) -> tuple[str, ...]:
         return replica_view.replicas(self._replicas.app_name, self._replicas.deployment_name)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.location import resolve
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
+from adapter_router.errors import AdapterRouterError
 from adapter_router.types import AdapterVersion, BaseInfo, Row, RowOutcome, RowResult, TaskKind
 from deployments.api import build_http, image_classify
 from deployments.demo.tenants import BASE
@@ -53,13 +55,18 @@ class EngineRouter:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.versions: list[AdapterVersion] = []
+        self.catalog = Catalog()
 
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         return await asyncio.to_thread(self.engine.infer, rows)
 
     async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
-        return self.engine.info(), self.versions
+        return self.engine.info(), self.catalog.versions()
+
+    def version_of(
+        self, adapter: str | Mapping[str, float] | None, head: str | None = None
+    ) -> AdapterVersion | AdapterRouterError | None:
+        return self.catalog.find(None if adapter == self.engine.info().name else adapter, head)
 
     def result(self, row: Row) -> RowResult:
         (outcome,) = self.engine.infer([row])
@@ -75,7 +82,7 @@ class EngineRouter:
                     parameter.copy_(torch.randn_like(parameter) * 0.2)
         adapted.save_pretrained(directory)
         (directory / "adapter_router.json").write_text(json.dumps(MANIFESTS.get(name, {})))
-        self.versions.append(self.engine.load_adapter(name, directory, task, labels or None).version)
+        self.catalog.add(self.engine.load_adapter(name, directory, task, labels or None).version)
 
     def client(self) -> TestClient:
         http = build_http()
@@ -159,6 +166,62 @@ def test_classify_takes_texts_and_token_ids(client: TestClient, router: EngineRo
     assert [len(by_ids["data"]), by_ids["usage"]["prompt_tokens"]] == [2, 5]
     logits = post(client, "/v1/classify", model="topics", input="another text", use_activation=False)
     assert logits["data"][0]["probs"] == pytest.approx(expected.logits.tolist(), abs=1e-5)
+
+
+def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> None:
+    mix = {"topics": 0.7, "relevance": -0.3}
+    expected = router.result(Row("another text", mix, head="topics"))
+    spellings: list[dict[str, Any]] = [
+        {"model": mix},
+        {"merged_adapters": {"ids": list(mix), "weights": list(mix.values())}},
+        {"model": "", "merged_adapters": {"ids": list(mix), "weights": list(mix.values()), "merge_strategy": "cat"}},
+    ]
+    for spelling in spellings:
+        answer = client.post("/v1/classify", json={**spelling, "head": "topics", "input": "another text"}).json()
+        assert answer["data"][0]["probs"] == pytest.approx(expected.output["probs"], abs=1e-6)  # type: ignore[typeddict-item]
+        assert answer["adapter"]["name"] == "0.7 topics + -0.3 relevance"
+        assert answer["adapter"]["version"] == expected.version
+        parts = {part["version"]: part["weight"] for part in answer["adapter"]["parts"]}
+        assert parts == {router.catalog.find(name).digest: weight for name, weight in mix.items()}  # type: ignore[union-attr]
+    embedded = {"model": {"search": 0.5, "unscaled": 0.5}, "head": "search"}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/token-classify": {"model": {"entities": 1}, "input": "Ada in London"},
+        "/v1/question-answer": {"model": {"answers": 1}, "question": "Who?", "context": "Ada in London"},
+        "/v1/embeddings": {**embedded, "input": "a text"},
+        "/v1/score": {**embedded, "text_1": "a text", "text_2": "a text"},
+        "/v1/rerank": {"model": {"relevance": 0.5}, "query": "a", "documents": ["b", "c"]},
+    }
+    for path, body in bodies.items():
+        response = client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["adapter"]["name"] == " + ".join(f"{w:g} {name}" for name, w in body["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"model": {"topics": 0.5, "relevance": 0.5}}, 400, "name one of topics, relevance as head"),
+        ({"model": {"topics": 0.5}, "head": "relevance"}, 400, "head 'relevance' is not among the mixed adapters"),
+        ({"model": "topics", "head": "topics"}, 400, "head chooses among the adapters of a mix"),
+        ({"model": {"topics": 0.5, "topic": 0.5}}, 404, "no adapter is named 'topic'; did you mean 'topics'"),
+        ({"model": {"topics": 0.5, "search": 0.5}, "head": "topics"}, 400, "serve different tasks"),
+        ({"model": {}}, 400, "0 adapters"),
+        ({"model": {"topics": "0.5"}}, 400, "model"),
+        ({"merged_adapters": {"ids": ["topics"], "weights": [1, 2]}}, 400, "2 weights for 1 different ids"),
+        ({"merged_adapters": {"ids": ["topics", "topics"], "weights": [1, 2]}}, 400, "2 weights for 1 different ids"),
+        ({"model": "topics", "merged_adapters": {"ids": ["topics"], "weights": [1]}}, 400, "both say who answers"),
+        (
+            {"merged_adapters": {"ids": ["topics"], "weights": [1], "merge_strategy": "linear"}},
+            400,
+            "merge_strategy",
+        ),
+    ],
+)
+def test_bad_mixes_are_told_what_is_wrong(client: TestClient, body: dict[str, Any], status: int, says: str) -> None:
+    response = client.post("/v1/classify", json={**body, "input": "text"})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert any(says in text for text in (error["message"], *error.get("problems", ()))), error
 
 
 def test_token_classify_names_the_stretches_of_each_text(client: TestClient, router: EngineRouter) -> None:

@@ -57,6 +57,20 @@ def test_token_ids_are_accepted(app: Application) -> None:
     assert batch["data"][0]["probs"] == pytest.approx(by_ids["data"][0]["probs"], abs=1e-5)
 
 
+def test_mixes_are_asked_for_over_http_and_by_handle_beside_their_parts(app: Application) -> None:
+    mix, text = {"language": 0.6, "guardrail": 0.4}, "Buenas noches a todos"
+    status, answer = post(app, "/v1/classify", model=mix, head="language", input=text)
+    assert status == 200 and answer["data"][0]["num_classes"] == 10
+    rows = [Row(text, "guardrail"), Row(text, mix, head="language"), Row(text, "language"), Row(text, mix)]
+    outcomes = app.handle.infer_many.remote(rows).result(timeout_s=120)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["RowResult"] * 3 + ["InvalidRequest"]
+    assert outcomes[1].version == answer["adapter"]["version"] not in {outcomes[0].version, outcomes[2].version}
+    assert outcomes[1].output["probs"] == pytest.approx(answer["data"][0]["probs"], abs=1e-5)
+    parts = {outcomes[2].version: 0.6, outcomes[0].version: 0.4}
+    assert {part["version"]: part["weight"] for part in answer["adapter"]["parts"]} == parts == dict(outcomes[1].parts)
+    assert '"0.6 language + 0.4 guardrail"' in app.http.get("/metrics").text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [

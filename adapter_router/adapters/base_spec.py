@@ -72,6 +72,14 @@ class BaseSpec:
         """Labels of the base's own head."""
         return len(self.labels)
 
+    def is_head(self, path: str) -> bool:
+        """Whether the module ``path`` belongs to the task's head: outside of the backbone, or its pooler.
+
+        A pooler's output goes nowhere but into a head, with which it is trained.
+        """
+        inside = not self.backbone or path.startswith(self.backbone + ".")
+        return not inside or "pooler" in path.split(".")
+
     def parameters_of(self, path: str) -> dict[str, Shape]:
         """Shapes of a module's parameters by their full names."""
         return {name: shape for name, shape in self.parameters.items() if name.startswith(path + ".")}

@@ -80,3 +80,10 @@ class AdapterDelta:
     modules: Mapping[str, ModuleDelta] = field(default_factory=dict)
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, ParameterDelta]] = field(default_factory=dict)
+
+    def device_bytes(self, head_dtype: torch.dtype) -> int:
+        """Bytes on the device: changes are float32 there, saved modules of ``head_dtype``."""
+        changes = sum(t.numel() for module in self.modules.values() for t in module.tensors().values())
+        experts = sum(p.a.numel() + p.b.numel() for owner in self.parameters.values() for p in owner.values())
+        heads = sum(t.numel() for module in self.saved.values() for t in module.values())
+        return (changes + experts) * torch.float32.itemsize + heads * head_dtype.itemsize

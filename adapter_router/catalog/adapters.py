@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import threading
+from collections.abc import Mapping
 
-from adapter_router.errors import AdapterExists, AdapterNotFound, InvalidRequest
+from adapter_router.catalog.mixing import mixed, weight_problems
+from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRouterError, InvalidRequest
 from adapter_router.types import AdapterVersion
 
 
@@ -39,11 +41,29 @@ class Catalog:
             raise self._not_found(adapter)
         return version
 
-    def find(self, adapter: str | None) -> AdapterVersion | AdapterNotFound | None:
-        """What a row's ``adapter`` means: a version, None for the bare base, or the error to answer with."""
+    def find(
+        self, adapter: str | Mapping[str, float] | None, head: str | None = None
+    ) -> AdapterVersion | AdapterRouterError | None:
+        """What a row's ``adapter`` and ``head`` mean: a version, None for the bare base, or the error to answer."""
+        if isinstance(adapter, Mapping):
+            return self._find_mix(adapter, head)
+        if head is not None:
+            return InvalidRequest("head chooses among the adapters of a mix; the row names one adapter", "head")
         if adapter is None:
             return None
         return self._versions.get(adapter) or self._not_found(adapter)
+
+    def _find_mix(self, weights: Mapping[str, float], head: str | None) -> AdapterVersion | AdapterRouterError:
+        if problems := weight_problems(weights, head):
+            return InvalidRequest("; ".join(problems), "model", problems)
+        found = {name: self._versions.get(name) for name in weights}
+        versions = {name: version for name, version in found.items() if version is not None}
+        if missing := [self._not_found(name).message for name in found if name not in versions]:
+            return AdapterNotFound("; ".join(missing), "model", missing if len(missing) > 1 else ())
+        try:
+            return mixed(weights, versions, head)
+        except InvalidRequest as error:
+            return error
 
     def holds(self, digest: str) -> bool:
         """Whether any name means the content ``digest``."""

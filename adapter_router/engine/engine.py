@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from adapter_router.adapters.convert import idle_modules
+from adapter_router.adapters.convert import idle_modules, norms
 from adapter_router.adapters.validate import Request
 from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.store import ContentStore, StoredAdapter
@@ -19,12 +19,12 @@ from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.forward import Forward, Work
 from adapter_router.engine.generation import Generated, GenerationWork, Generator
-from adapter_router.engine.leasing import Job, Leases
-from adapter_router.engine.residency import Loaded, Residency
+from adapter_router.engine.leasing import Job, Leases, name_of
+from adapter_router.engine.reading import Loaded
+from adapter_router.engine.residency import Residency
 from adapter_router.engine.tasks.answering import Given, Reader, answerer, text_prefix
 from adapter_router.engine.tasks.parameters import generation
 from adapter_router.errors import (
-    AdapterNotFound,
     AdapterRejected,
     AdapterRouterError,
     InternalError,
@@ -130,6 +130,7 @@ class Engine:
             tensors.labels,
             tensors.activation,
             tensors.embedding,
+            has_head=bool(tensors.saved or tensors.replaced),
         )
         report = _report(version, loaded)
         logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(report.modules))
@@ -168,12 +169,10 @@ class Engine:
 
     def infer(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer ``rows`` in order; a row that failed has its error in its place."""
-        found = [self._catalog.find(row.adapter) for row in rows]
-        known = [
-            (row, version) for row, version in zip(rows, found, strict=True) if not isinstance(version, AdapterNotFound)
-        ]
+        found = [self._catalog.find(row.adapter, row.head) for row in rows]
+        known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
         answered = iter(self.infer_versions(*zip(*known, strict=True)) if known else ())
-        return [version if isinstance(version, AdapterNotFound) else next(answered) for version in found]
+        return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
 
     def infer_versions(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> list[RowOutcome]:
         """``infer`` with the version of each row named by the caller; None is the bare base."""
@@ -199,20 +198,20 @@ class Engine:
         jobs: list[Job] = []
         for index, row in enumerate(rows):
             try:
-                found = self._catalog.find(row.adapter)
+                found = self._catalog.find(row.adapter, row.head)
                 if isinstance(found, AdapterRouterError):
                     raise found
                 job = self._encode(index, row, found)
                 self._check_generation(job)
                 jobs.append(job)
             except AdapterRouterError as error:
-                yield GenerationEvent(index, adapter=row.adapter, error=error)
+                yield GenerationEvent(index, adapter=name_of(row), error=error)
         for start in range(0, len(jobs), self.config.max_batch_rows):
             yield from self._generate_batch(jobs[start : start + self.config.max_batch_rows])
 
     def _check_generation(self, job: Job) -> None:
         if job.task not in _GENERATES:
-            raise TaskMismatch(f"adapter {job.row.adapter!r} serves {job.task}, which generates nothing", "adapter")
+            raise TaskMismatch(f"adapter {job.name!r} serves {job.task}, which generates nothing", "adapter")
         if isinstance(job.row.inputs, Mapping) and any(name.startswith("decoder_") for name in job.row.inputs):
             raise InvalidRequest("generation starts with the decoder's own start token; leave decoder_* out", "inputs")
         most, limit = generation(job.row.parameters, job.task).max_new_tokens, self.base.encoder.max_tokens
@@ -225,7 +224,7 @@ class Engine:
         events = []
         for group, leased in self._leases.groups(jobs):
             if isinstance(leased, AdapterRouterError):
-                events += [GenerationEvent(job.index, adapter=job.row.adapter, error=leased) for job in group]
+                events += [GenerationEvent(job.index, adapter=job.name, error=leased) for job in group]
                 continue
             works = [
                 GenerationWork(
@@ -243,13 +242,13 @@ class Engine:
     def _event(self, job: Job, generated: Generated | InternalError) -> GenerationEvent:
         version = job.version.digest if job.version else self.base.fingerprint
         if isinstance(generated, InternalError):
-            return GenerationEvent(job.index, adapter=job.row.adapter, version=version, error=generated)
+            return GenerationEvent(job.index, adapter=job.name, version=version, error=generated)
         return GenerationEvent(
             index=job.index,
             token_ids=generated.token_ids,
             text=self.base.encoder.detokenize(generated.token_ids),
             finish_reason="stop" if generated.stopped else "length",
-            adapter=job.row.adapter,
+            adapter=job.name,
             version=version,
         )
 
@@ -292,22 +291,25 @@ class Engine:
         try:
             return self._result(job, raw)
         except Exception as error:
-            logger.exception("a row of adapter %s cannot be answered", job.row.adapter)
+            logger.exception("a row of adapter %s cannot be answered", job.name)
             return InternalError(f"the output cannot be read as an answer: {type(error).__name__}")
 
     def _result(self, job: Job, raw: Array) -> RowResult:
         output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))
-        digest = job.version.digest if job.version else self.base.fingerprint
-        return RowResult(output, logits, job.row.adapter, digest, job.encoded.num_tokens)
+        if job.version is None:
+            return RowResult(output, logits, job.name, self.base.fingerprint, job.encoded.num_tokens)
+        parts = tuple((part.version.digest, part.weight) for part in job.version.parts)
+        return RowResult(output, logits, job.name, job.version.digest, job.encoded.num_tokens, parts=parts)
 
 
 def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:
+    sizes = norms(loaded.converted.delta)
     return LoadReport(
         version=version,
         tensors_applied=loaded.tensors.num_tensors,
-        modules=tuple(loaded.norms),
+        modules=tuple(sizes),
         ranks=tuple(sorted({target.config.rank_of(target.path) for target in loaded.tensors.targets})),
         num_bytes=loaded.num_bytes,
-        norms=loaded.norms,
-        warnings=(*loaded.converted.warnings, *idle_modules(loaded.norms)),
+        norms=sizes,
+        warnings=(*loaded.converted.warnings, *idle_modules(sizes)),
     )

@@ -26,9 +26,19 @@ class Job:
     answer: Answerer
     version: AdapterVersion | None
 
+    @property
+    def name(self) -> str | None:
+        """Who answers, as the caller knows it; a mix is spelled out."""
+        return self.version.adapter if self.version else name_of(self.row)
+
     def adapter(self, leased: Mapping[str, ResidentAdapter]) -> ResidentAdapter | None:
         """Its adapter among ``leased``; None for the bare base."""
         return leased[self.version.digest] if self.version else None
+
+
+def name_of(row: Row) -> str | None:
+    """The name that ``row`` asks for; of a mix, all of it."""
+    return row.adapter if isinstance(row.adapter, str | None) else str(dict(row.adapter))
 
 
 class Leases:

@@ -11,22 +11,14 @@ from torch import nn
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
 from adapter_router.adapters.validate import AdapterTensors
 from adapter_router.engine.base_model import BaseModel, PreparedTask
+from adapter_router.engine.reading import Loaded
 from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter
 from adapter_router.errors import AdapterRejected
 
 
-def device_bytes(delta: AdapterDelta, head_dtype: torch.dtype) -> int:
-    """Bytes the adapter will hold on the device."""
-    changes = sum(t.numel() * 4 for module in delta.modules.values() for t in module.tensors().values())
-    heads = sum(t.numel() for module in delta.saved.values() for t in module.values())
-    experts = sum((p.a.numel() + p.b.numel()) * 4 for owner in delta.parameters.values() for p in owner.values())
-    return changes + heads * head_dtype.itemsize + experts
-
-
-def place(
-    digest: str, adapter: AdapterTensors, delta: AdapterDelta, num_bytes: int, base: BaseModel
-) -> ResidentAdapter:
-    """Copy ``delta`` to the base's device and let the modules it acts on be grouped."""
+def place(digest: str, loaded: Loaded, base: BaseModel) -> ResidentAdapter:
+    """Copy what ``loaded`` changes to the base's device and let the modules it acts on be grouped."""
+    adapter, delta = loaded.tensors, loaded.converted.delta
     prepared = base.task(adapter.task)
     heads = _heads(adapter, delta, base, prepared)
     attention = {path for path in delta.modules if _kind(prepared, path) == "attention"}
@@ -54,12 +46,13 @@ def place(
         deltas={base.plan_path(adapter.task, path): d for path, d in deltas.items()},
         heads={base.plan_path(adapter.task, path): head for path, head in heads.items()},
         num_labels=adapter.num_labels,
-        num_bytes=num_bytes,
+        num_bytes=loaded.num_bytes,
         max_rank=max((d.rank for d in deltas.values()), default=0),
         isolated=frozenset(base.plan_path(adapter.task, path) for path in isolated),
         solo=None in around,
         caches=any(hasattr(m, "layer_idx") for h in heads.values() if isinstance(h, nn.Module) for m in h.modules()),
         invocation=adapter.invocation,
+        parts=loaded.parts,
     )
 
 

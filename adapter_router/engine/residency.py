@@ -10,15 +10,15 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
-from adapter_router.adapters.convert import Converted, convert, norms
-from adapter_router.adapters.validate import AdapterTensors, Bases, Request, validate
+from adapter_router.adapters.validate import Request
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.engine.base_model import BaseModel
-from adapter_router.engine.placing import device_bytes, place
+from adapter_router.engine.placing import place
+from adapter_router.engine.reading import Loaded, Reader
 from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.engine.slots import SlotTable
 from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable, InternalError
@@ -37,23 +37,13 @@ class _Ticket:
     resident: ResidentAdapter | None = None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a load made of the files; ``norms``: size of the change by module; ``num_bytes`` on the device."""
-
-    tensors: AdapterTensors
-    converted: Converted
-    norms: dict[str, float]
-    num_bytes: int
-
-
 class Residency:
     """Which adapters are on the device, by digest. Thread-safe."""
 
     def __init__(self, base: BaseModel, budget_bytes: int, metrics: EngineMetrics) -> None:
         self.load_s = 0.05  # running mean; a guess until the first load
         self._base = base
-        self._bases = Bases(base.tasks, lambda task: base.task(task).spec)
+        self._reader = Reader(base)
         self._metrics = metrics
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
@@ -69,7 +59,7 @@ class Residency:
         Raises AdapterRejected with every problem; nothing is installed then.
         """
         try:
-            return self._loader.submit(self._load, stored, request).result()
+            return self._loader.submit(self._load, stored.digest, lambda: self._reader.read(stored, request)).result()
         except (CancelledError, RuntimeError) as error:
             raise AdapterUnavailable("the engine is closing") from error
 
@@ -112,11 +102,13 @@ class Residency:
             self._changed.notify_all()
 
     def drop(self, digest: str) -> None:
-        """Free an adapter's memory now; one that is in use is left to eviction."""
+        """Free an adapter's memory now, and that of mixes with it; what is in use is left to eviction."""
         with self._changed:
             self._tasks.pop(digest, None)
-            if digest in self._resident and not self._slots.leased(digest):
-                self._evict(digest)
+            wanted = [known for known, held in self._resident.items() if known == digest or digest in held.parts]
+            for idle in wanted:
+                if not self._slots.leased(idle):
+                    self._evict(idle)
 
     def resident(self) -> list[str]:
         """Digests on the device, least recently used first."""
@@ -136,36 +128,33 @@ class Residency:
 
     def _start_loading(self, version: AdapterVersion) -> Future[None]:
         if version.digest not in self._loading:
-            stored = StoredAdapter(version.digest, Path(version.directory))
             try:
-                self._loading[version.digest] = self._loader.submit(self._load_cold, stored, version)
+                self._loading[version.digest] = self._loader.submit(self._load_cold, version)
             except RuntimeError as error:  # the executor has been shut down
                 raise AdapterUnavailable("the engine is closing") from error
         return self._loading[version.digest]
 
-    def _load_cold(self, stored: StoredAdapter, version: AdapterVersion) -> None:
+    def _load_cold(self, version: AdapterVersion) -> None:
         try:
-            if stored.digest not in self._resident:
-                self._load(stored, Request(version.task, version.labels or None))
+            if version.digest not in self._resident:
+                self._load(version.digest, lambda: self._reader.read_version(version))
         finally:
             with self._changed:
-                self._loading.pop(stored.digest, None)
+                self._loading.pop(version.digest, None)
 
-    def _load(self, stored: StoredAdapter, request: Request) -> Loaded:
+    def _load(self, digest: str, read: Callable[[], Loaded]) -> Loaded:
         start = time.perf_counter()
         try:
-            tensors = validate(stored.read(), self._bases, request)
-            self._check_task(stored.digest, tensors.task)
-            converted = convert(tensors, self._base.task(tensors.task).weights)
-            num_bytes = self._checked_size(device_bytes(converted.delta, self._base.dtype))
-            loaded = Loaded(tensors, converted, norms(converted.delta), num_bytes)
-            self._install(stored.digest, loaded)
-            self._tasks[stored.digest] = tensors.task
+            loaded = read()
+            self._check_task(digest, loaded.tensors.task)
+            self._check_size(loaded.num_bytes)
+            self._install(digest, loaded)
+            self._tasks[digest] = loaded.tensors.task
         except AdapterRouterError as error:
             self._metrics.load_failed(error)
             raise
         except Exception as error:
-            logger.exception("loading adapter %s failed", stored.digest)
+            logger.exception("loading adapter %s failed", digest)
             failure = InternalError(f"loading the adapter failed: {type(error).__name__}")
             self._metrics.load_failed(failure)
             raise failure from error
@@ -185,22 +174,20 @@ class Residency:
                 ]
             )
 
-    def _checked_size(self, num_bytes: int) -> int:
+    def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._slots.budget_bytes:
             raise AdapterRejected.because(
                 [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]
             )
-        return num_bytes
 
     def _install(self, digest: str, loaded: Loaded) -> None:
-        num_bytes = loaded.num_bytes
         with self._changed:
             if digest in self._resident:
                 return
-            self._make_room(num_bytes)
-            self._slots.add(digest, num_bytes)
+            self._make_room(loaded.num_bytes)
+            self._slots.add(digest, loaded.num_bytes)
         try:
-            resident = place(digest, loaded.tensors, loaded.converted.delta, num_bytes, self._base)
+            resident = place(digest, loaded, self._base)
         except BaseException:
             with self._changed:
                 self._slots.remove(digest)

@@ -105,6 +105,7 @@ class ResidentAdapter:
     ``isolated``: modules that must run its rows apart from others', because inside them rows cannot be told apart;
     ``solo``: no module can, so that its rows run in a batch of their own.
     ``caches``: a head of it writes to the KV cache. ``invocation``: tokens from which on it is active.
+    ``parts``: of a mix, the digests of its adapters.
     """
 
     digest: str
@@ -118,3 +119,4 @@ class ResidentAdapter:
     solo: bool = False
     caches: bool = False
     invocation: tuple[int, ...] = ()
+    parts: frozenset[str] = frozenset()

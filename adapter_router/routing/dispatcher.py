@@ -240,7 +240,7 @@ class Dispatcher:
     def _account(self, waiting: Sequence[Waiting], outcomes: Sequence[RowOutcome], seconds: float) -> None:
         for entry, outcome in zip(waiting, outcomes, strict=True):
             self._metrics.row_seconds.observe(seconds)
-            self._metrics.adapter_rows.inc(entry.row.adapter or BASE_SERIES)
+            self._metrics.adapter_rows.inc(entry.version.adapter if entry.version else BASE_SERIES)
             if not isinstance(outcome, RowResult):
                 self._metrics.errors.labels(outcome.code).inc()
 

@@ -26,7 +26,10 @@ class ClassifyRequest(TextRequest):
             "truncate_prompt_tokens": self.truncate_prompt_tokens,
             "use_activation": self.use_activation,
         }
-        return [Row(inputs, self.adapter, "text-classification", parameters) for inputs in split_inputs(self.input)]
+        return [
+            Row(inputs, self.adapter, "text-classification", parameters, self.head)
+            for inputs in split_inputs(self.input)
+        ]
 
 
 @routes.post("/v1/classify")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapter_router.errors import AdapterRouterError
 from adapter_router.types import Inputs, Row, RowResult
@@ -20,18 +20,48 @@ Texts = Annotated[list[str], Field(min_length=1)]
 TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
 
 
-class AdapterRequest(BaseModel):
-    """``model`` is an adapter's name, the base's, or absent for the base; ``user`` is accepted and ignored."""
+class MergedAdapters(BaseModel):
+    """LoRAX's spelling of a mix. Of its strategies only the exact sum is served: the others need ``merge``."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None
+    ids: Annotated[list[str], Field(min_length=1)]
+    weights: Annotated[list[float], Field(min_length=1)]
+    merge_strategy: Literal["cat"] = "cat"
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if len(self.ids) != len(self.weights) or len(set(self.ids)) != len(self.ids):
+            raise ValueError(f"{len(self.weights)} weights for {len(set(self.ids))} different ids")
+        return self
+
+
+class AdapterRequest(BaseModel):
+    """``model`` is an adapter's name, the base's, absent for the base, or the weights of a mix by name.
+
+    ``merged_adapters`` is a mix, too. ``head``: see ``Row``. ``user`` is accepted and ignored.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | dict[str, float] | None = None
+    merged_adapters: MergedAdapters | None = None
+    head: str | None = None
     user: str | None = None
     request_id: str | None = None
 
+    @model_validator(mode="after")
+    def _check_one_adapter(self) -> Self:
+        if self.model and self.merged_adapters:
+            raise ValueError("model and merged_adapters both say who answers; leave model out or empty")
+        return self
+
     @property
-    def adapter(self) -> str | None:
-        return self.model or None
+    def adapter(self) -> str | dict[str, float] | None:
+        """As a row names it."""
+        if self.merged_adapters:
+            return dict(zip(self.merged_adapters.ids, self.merged_adapters.weights, strict=True))
+        return None if self.model == "" else self.model
 
 
 class TextRequest(AdapterRequest):
@@ -60,6 +90,7 @@ async def answer(router: Router, rows: Sequence[Row]) -> list[RowResult]:
 def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /, **content: Any) -> dict[str, Any]:
     """The whole body of an answer around ``content``: vLLM's fields, and which adapter version said it."""
     tokens = sum(result.num_tokens for result in results)
+    parts = [{"version": version, "weight": weight} for version, weight in results[0].parts]
     return {
         "id": f"{kind}-{request.request_id or uuid.uuid4().hex}",
         "object": "list",
@@ -75,6 +106,7 @@ def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /
         "adapter": {
             "name": results[0].adapter,
             "version": results[0].version,
+            **({"parts": parts} if parts else {}),
             "replicas": sorted({result.replica or "" for result in results}),
         },
     }

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 
 from adapter_router.errors import AdapterUnavailable, InvalidRequest
-from adapter_router.types import Classification, Row, RowResult
+from adapter_router.types import AdapterVersion, Classification, Row, RowResult
 from deployments.api.envelope import AdapterRequest, Text, answer, envelope, indexed
 from deployments.router import Router, current_router
 
@@ -29,7 +29,8 @@ class ImageOptions(AdapterRequest):
     top_k: Annotated[int, Field(ge=1)] | None = None
 
     def row(self, image: bytes) -> Row:
-        return Row(image, self.adapter, "image-classification", {"use_activation": self.use_activation})
+        parameters = {"use_activation": self.use_activation}
+        return Row(image, self.adapter, "image-classification", parameters, self.head)
 
 
 class ImageClassifyRequest(ImageOptions):
@@ -56,7 +57,7 @@ async def image_classify(request: Request, router: Annotated[Router, Depends(cur
     results = await answer(router, [options.row(image) for image in images])
     data = indexed(results)
     if options.top_k:
-        for entry, best in zip(data, await _best(router, results, options.top_k), strict=True):
+        for entry, best in zip(data, await _best(router, options, results), strict=True):
             entry["top_k"] = best
     return envelope("image-classify", options, results, data=data)
 
@@ -102,16 +103,17 @@ def _decoded(text: str) -> bytes:
         raise InvalidRequest(f"an image must be base64 or a data: URL of it ({error})", "input") from error
 
 
-async def _best(router: Router, results: Sequence[RowResult], top_k: int) -> list[list[dict[str, Any]]]:
+async def _best(router: Router, options: ImageOptions, results: Sequence[RowResult]) -> list[list[dict[str, Any]]]:
     """Of each result the ``top_k`` labels, best first."""
-    base, versions = await router.models()
-    labels = {version.digest: version.labels for version in versions if version.adapter == results[0].adapter}
-    if results[0].adapter in {None, base.name} and base.labels is not None:
-        labels[base.fingerprint] = base.labels
-    return [_ranked(result, labels.get(result.version), top_k) for result in results]
+    base, _ = await router.models()
+    version = router.version_of(options.adapter, options.head)
+    labels = (
+        {version.digest: version.labels} if isinstance(version, AdapterVersion) else {base.fingerprint: base.labels}
+    )
+    return [_ranked(result, labels.get(result.version), options.top_k) for result in results]
 
 
-def _ranked(result: RowResult, labels: Sequence[str] | None, top_k: int) -> list[dict[str, Any]]:
+def _ranked(result: RowResult, labels: Sequence[str] | None, top_k: int | None) -> list[dict[str, Any]]:
     probs = cast(Classification, result.output)["probs"]
     if labels is None or len(labels) != len(probs):
         raise AdapterUnavailable(f"adapter {result.adapter!r} was replaced meanwhile; try again", "model")

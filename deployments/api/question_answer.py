@@ -32,7 +32,7 @@ class QuestionAnswerRequest(TextRequest):
             "max_answer_len": self.max_answer_len,
             "handle_impossible_answer": self.handle_impossible_answer,
         }
-        return Row((self.question, self.context), self.adapter, "question-answering", parameters)
+        return Row((self.question, self.context), self.adapter, "question-answering", parameters, self.head)
 
 
 @routes.post("/v1/question-answer")

@@ -6,7 +6,7 @@ task says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from adapter_router.errors import InvalidRequest, TaskMismatch
-from adapter_router.types import Array, Classification, Row, RowResult, TaskKind
+from adapter_router.types import AdapterVersion, Array, Classification, Row, RowResult, TaskKind
 from deployments.api.embeddings import vector
 from deployments.api.envelope import TextRequest, Texts, answer, envelope
 from deployments.router import Router, current_router
@@ -80,21 +80,22 @@ async def _scored(
 ) -> tuple[list[RowResult], list[float]]:
     """One score for each text on the right."""
     parameters = {"truncate_prompt_tokens": request.truncate_prompt_tokens}
-    if await _task(router, request.adapter) == "embedding":
-        rows = [Row(text, request.adapter, "embedding", parameters) for text in (*left, *right)]
+    adapter, head = request.adapter, request.head
+    if await _task(router, adapter, head) == "embedding":
+        rows = [Row(text, adapter, "embedding", parameters, head) for text in (*left, *right)]
         results = await answer(router, rows)
         return results, _cosines(results[: len(left)], results[len(left) :])
     pairs = zip(list(left) * (len(right) // len(left)), right, strict=True)
-    results = await answer(router, [Row(pair, request.adapter, "text-classification", parameters) for pair in pairs])
+    results = await answer(router, [Row(pair, adapter, "text-classification", parameters, head) for pair in pairs])
     return results, [_only_label(result) for result in results]
 
 
-async def _task(router: Router, adapter: str | None) -> TaskKind:
+async def _task(router: Router, adapter: str | Mapping[str, float] | None, head: str | None) -> TaskKind:
     """What ``adapter`` does; the bare base classifies where it has a head for it, and embeds where it can."""
-    base, versions = await router.models()
-    for version in versions:
-        if version.adapter == adapter:
-            return version.task
+    version = router.version_of(adapter, head)
+    if isinstance(version, AdapterVersion):
+        return version.task
+    base, _ = await router.models()
     return "embedding" if base.labels is None and "embedding" in base.tasks else "text-classification"
 
 

@@ -1,0 +1,142 @@
+"""The right answer of a mix, by another way than ours: PEFT merges each adapter into a copy of the base of its own, in
+float64, and the copies' distances from the base are added up weight by weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from adapter_router.errors import AdapterRejected
+from adapter_router.types import Row, RowResult, TaskKind
+from tests.parity.build import Adapter
+from tests.parity.configs import generator
+from tests.parity.oracle import Features, as_batch, exact_svd, logits_of, random_inputs
+from tests.parity.world import Base, adapters_on, make_base, start, unchanged
+
+TOLERANCE = 2e-4
+NO_SUM = (
+    "trainable_token_indices",
+    "aLoRA",
+    "convolution in groups",
+    "scaled inputs (IA3)",
+    "which is replaced as a whole",
+    "cancel the base's output",
+)
+"""What a refused mix must be refused for."""
+_EACH = 24
+
+
+def _untied(model: Any) -> Any:
+    """A float64 copy whose output layer has a weight of its own: merging shall not change what it is tied to."""
+    model = copy.deepcopy(model).double()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    output = base.get_output_embeddings()
+    if output is not None and output.weight is base.get_input_embeddings().weight:
+        output.weight = nn.Parameter(output.weight.clone())
+    return model
+
+
+def _merged(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """All weights with the adapter in them."""
+    with exact_svd():
+        return dict(_untied(adapter.alone).merge_and_unload().state_dict())
+
+
+def _saved_modules(adapter: Adapter) -> tuple[str, ...]:
+    modules = adapter.alone.named_modules()
+    return tuple(f"{p.removeprefix('base_model.model.')}." for p, m in modules if hasattr(m, "modules_to_save"))
+
+
+def _is_head(base: Base, name: str) -> bool:
+    heads = base.architecture.heads_of(base.task)
+    return "pooler" in name or any(name.startswith(head + ".") for head in (*heads, "lm_head"))
+
+
+def right_logits(mix: Mapping[Adapter, float], head: Adapter, row: Features) -> np.ndarray:
+    """W + sum of w_i (W_i - W), the task's head as it is in ``head``."""
+    base = head.site.base
+    model = _untied(base.pristine(head.site.labels))
+    own = model.state_dict()
+    total = {name: tensor.clone() for name, tensor in own.items()}
+    for adapter, weight in mix.items():
+        for name, tensor in _merged(adapter).items():
+            if _is_head(base, name) and name.startswith(_saved_modules(adapter)):
+                if adapter is head:
+                    total[name] = tensor
+            elif tensor.is_floating_point() and tensor.shape == own[name].shape:
+                total[name] += weight * (tensor - own[name])
+    model.load_state_dict(total)
+    features = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in row.items()}
+    model.config._experts_implementation = "eager"
+    with torch.inference_mode():
+        logits: np.ndarray = logits_of(model(**as_batch([features])), base.task)[0].numpy()
+    return logits
+
+
+def _mergeable(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Those that PEFT can merge by itself: it must give the right answer alone, and change nothing by merging."""
+    good = []
+    for adapter in adapters:
+        if adapter.recipe.oracle != "alone":
+            continue
+        row = random_inputs(adapter.site.base, generator("probe", adapter.name), adapter.planted)
+        try:
+            alone = right_logits({adapter: 1.0}, adapter, row)
+        except (ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError):
+            continue
+        if adapter.planted or np.abs(alone - adapter.logits(row)).max() <= 1e-3 * max(1.0, np.abs(alone).max()):
+            good.append(adapter)
+    return good
+
+
+def in_mixes(architecture: str, task: TaskKind, seed: int, root: Path) -> tuple[int, list[str]]:
+    """Random pairs and triples of all kinds, in one batch with their parents: mixes compared, and what is wrong."""
+    base = make_base(architecture, task, seed, root)
+    rng = generator("mixes", architecture, task, seed)
+    with start(base) as engine, unchanged(engine.base.model):
+        adapters = []
+        for adapter in adapters_on(base, root):
+            try:
+                engine.load_adapter(adapter.name, adapter.directory, task=adapter.task)
+            except AdapterRejected:
+                continue
+            adapters.append(adapter)
+        adapters = _mergeable(adapters)
+        asked: list[tuple[dict[Adapter, float], Adapter, Features]] = []
+        for _ in range(_EACH):
+            chosen = rng.sample(adapters, rng.choice((2, 2, 3)))
+            weights = {adapter: round(rng.uniform(-1, 1), 2) for adapter in chosen}
+            asked.append((weights, rng.choice(chosen), random_inputs(base, rng, chosen[0].planted)))
+        rows = [
+            Row(
+                features,
+                {adapter.name: weight for adapter, weight in weights.items()},
+                parameters={"pooling": "none"} if task == "embedding" else {},
+                head=head.name,
+            )
+            for weights, head, features in asked
+        ]
+        results = engine.infer(rows)
+    compared, problems = 0, []
+    for (weights, head, features), row, result in zip(asked, rows, results, strict=True):
+        name = f"{row.adapter} with the head of {row.head}"
+        if isinstance(result, AdapterRejected):
+            if not all(any(reason in problem for reason in NO_SUM) for problem in result.problems):
+                problems.append(f"{name}: refused: {result}")
+            continue
+        compared += 1
+        if not isinstance(result, RowResult):
+            problems.append(f"{name}: {result}")
+            continue
+        right = right_logits(weights, head, features)
+        error, size = np.abs(result.logits - right).max(), max(1.0, float(np.abs(right).max()))
+        if not error <= TOLERANCE * size:
+            problems.append(f"{name}: off by {error:.2g} of {size:.3g}")
+    return compared, problems
