@@ -21,6 +21,7 @@ check: .venv/dev.done  ## style, types, floors
 
 bench: .venv/dev.done  ## all benchmarks; results go to benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.grouped_forward --json benchmarks/results/grouped_forward.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.mixes --json benchmarks/results/mixes.json
 
 venv: .venv/dev.done  ## only the environment, with test extras and PEFT
 

@@ -34,7 +34,8 @@ SIZES: dict[str, dict[str, int]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 TARGETS: dict[str, list[str] | str] = {"qv": ["query", "value"], "all-linear": "all-linear"}
-RANKS: dict[str, tuple[int, ...]] = {"r8": (8,), "r8-16-32-64": (8, 16, 32, 64)}
+RANKS: dict[str, tuple[int, ...]] = {"r8": (8,), "r16": (16,), "r8-16-32-64": (8, 16, 32, 64)}
+MEASURED = ("r8", "r8-16-32-64")
 ADAPTERS = (1, 4, 8, 32)
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results: list[Result] = []
-    for case in [Case(*parts) for parts in itertools.product(SIZES, TARGETS, RANKS, ADAPTERS)]:
+    for case in [Case(*parts) for parts in itertools.product(SIZES, TARGETS, MEASURED, ADAPTERS)]:
         if case.name.startswith(args.only):
             results += measure(case, args.rounds, args.device)
     if args.json:
@@ -73,7 +74,7 @@ class Case:
 def measure(case: Case, rounds: int, device: str) -> list[Result]:
     """Ratios of one case."""
     with tempfile.TemporaryDirectory() as folder:
-        base, adapters = _build(Path(folder), case)
+        base, adapters = build(Path(folder), case)
         contenders = _contenders(base, adapters, device)
         seconds = interleaved(contenders, rounds)
     results = [
@@ -87,7 +88,7 @@ def measure(case: Case, rounds: int, device: str) -> list[Result]:
     return results
 
 
-def _build(folder: Path, case: Case) -> tuple[Path, list[Path]]:
+def build(folder: Path, case: Case) -> tuple[Path, list[Path]]:
     """A random base with a two-label head and random adapters with heads of their own, on disk."""
     torch.manual_seed(0)
     config = BertConfig(**SIZES[case.size], num_labels=2)
