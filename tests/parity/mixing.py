@@ -5,7 +5,7 @@ float64, and the copies' distances from the base are added up weight by weight.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,23 @@ def _mergeable(adapters: Sequence[Adapter]) -> list[Adapter]:
             alone = right_logits({adapter: 1.0}, adapter, row)
         except (ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError):
             continue
-        if adapter.planted or np.abs(alone - adapter.logits(row)).max() <= 1e-3 * max(1.0, np.abs(alone).max()):
+        if adapter.planted or _off(adapter.logits(row), alone) <= TOLERANCE:
             good.append(adapter)
     return good
 
 
-def in_mixes(architecture: str, task: TaskKind, seed: int, root: Path) -> tuple[int, list[str]]:
-    """Random pairs and triples of all kinds, in one batch with their parents: mixes compared, and what is wrong."""
+def in_mixes(
+    architecture: str, task: TaskKind, seed: int, root: Path, names: Iterable[str] | None = None
+) -> tuple[int, list[str]]:
+    """Random pairs and triples in one batch: how many were compared, and what is wrong.
+
+    ``names``: recipes to mix, by default this seed's share of them all.
+    """
     base = make_base(architecture, task, seed, root)
     rng = generator("mixes", architecture, task, seed)
     with start(base) as engine, unchanged(engine.base.model):
         adapters = []
-        for adapter in adapters_on(base, root):
+        for adapter in adapters_on(base, root, names):
             try:
                 engine.load_adapter(adapter.name, adapter.directory, task=adapter.task)
             except AdapterRejected:
@@ -118,13 +123,20 @@ def in_mixes(architecture: str, task: TaskKind, seed: int, root: Path) -> tuple[
             Row(
                 features,
                 {adapter.name: weight for adapter, weight in weights.items()},
-                parameters={"pooling": "none"} if task == "embedding" else {},
+                parameters=_parameters(task),
                 head=head.name,
             )
             for weights, head, features in asked
         ]
-        results = engine.infer(rows)
-    compared, problems = 0, []
+        parents = [(adapter, random_inputs(base, rng, adapter.planted)) for adapter in adapters]
+        answers = engine.infer([*rows, *(Row(row, who.name, parameters=_parameters(task)) for who, row in parents)])
+    results, own = answers[: len(rows)], answers[len(rows) :]
+    compared = 0
+    problems = [
+        f"{who.name} beside its mixes: {result}"
+        for (who, row), result in zip(parents, own, strict=True)
+        if not (isinstance(result, RowResult) and _off(result.logits, who.logits(row)) <= TOLERANCE)
+    ]
     for (weights, head, features), row, result in zip(asked, rows, results, strict=True):
         name = f"{row.adapter} with the head of {row.head}"
         if isinstance(result, AdapterRejected):
@@ -135,8 +147,16 @@ def in_mixes(architecture: str, task: TaskKind, seed: int, root: Path) -> tuple[
         if not isinstance(result, RowResult):
             problems.append(f"{name}: {result}")
             continue
-        right = right_logits(weights, head, features)
-        error, size = np.abs(result.logits - right).max(), max(1.0, float(np.abs(right).max()))
-        if not error <= TOLERANCE * size:
-            problems.append(f"{name}: off by {error:.2g} of {size:.3g}")
+        error = _off(result.logits, right_logits(weights, head, features))
+        if not error <= TOLERANCE:
+            problems.append(f"{name}: off by {error:.2g} of its size")
     return compared, problems
+
+
+def _parameters(task: TaskKind) -> dict[str, str]:
+    return {"pooling": "none"} if task == "embedding" else {}
+
+
+def _off(logits: np.ndarray, right: np.ndarray) -> float:
+    """The largest difference, relative to the largest logit where that is above 1."""
+    return float(np.abs(logits - right).max() / max(1.0, float(np.abs(right).max())))

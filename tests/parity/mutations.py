@@ -22,7 +22,10 @@ SURVIVED, NOTICED, CRASHED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Case:
-    """What to run: rows of ``recipes``, or generation, or the last bit, where ``recipes`` says "tokens" or a dtype."""
+    """What to run: rows of ``recipes``.
+
+    Or generation, the last bit, or mixes, where ``recipes`` says "tokens", a dtype, or "mixes" and which to mix.
+    """
 
     architecture: str
     task: str
@@ -41,6 +44,7 @@ BERT, ROBERTA, VIT = (
 )
 GPT2, LLAMA, TIED = ("gpt2", "text-generation", 1), ("llama", "text-generation", 1), ("llama", "text-generation", 0)
 MIXTRAL, GEMMA = ("mixtral", "text-generation", 1), ("gemma3", "text-generation", 1)
+_MIXES, _MIXED_EXPERTS = case(*BERT, "mixes"), case(*MIXTRAL, "mixes", "experts-one", "experts-both", "plain")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ _CONFIG, _COVER, _CONVERT = "adapters/adapter_config.py", "adapters/coverage/exp
 _TOKENS_CHECK = "adapters/coverage/tokens.py"
 _LORA, _DELTAS, _PLAN, _FORWARD = "adapters/tuners/lora.py", "engine/deltas.py", "engine/plan.py", "engine/forward.py"
 _PATTERNS, _WEIGHTS, _KERNELS = "adapters/patterns.py", "adapters/base_weights.py", "engine/kernels.py"
+_SUM = "adapters/weighted_sum.py"
 _RESIDENT, _LAYERS, _GENERATE = "engine/resident.py", "engine/layers.py", "engine/generation.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -415,6 +420,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         "positions = positions + 0",
         case(*LLAMA, "tokens"),
     ),
+    # mixes
+    _m("weights ignored", _SUM, "torch.tensor(weight, dtype=torch.float64)", "torch.tensor(1.0).double()", _MIXES),
+    _m("alpha of a part ignored", _SUM, "_own(d, w, gain) * d.scaling", "_own(d, w, gain)", _MIXES),
+    _m("a sum's gain multiplied twice", _SUM, "delta.gain.double()) / gain", "delta.gain.double())", _MIXES),
+    _m("a sum's gain unweighted", _SUM, "torch.stack([w * (d.gain", "torch.stack([(d.gain", _MIXES),
+    _m("biases of a sum unweighted", _SUM, "(d.shift, torch.tensor(w))", "(d.shift, torch.tensor(1.0))", _MIXES),
+    _m("saved norms unweighted", _SUM, "sum(weight * (module[name]", "sum((module[name]", _MIXES),
+    _m("saved norms of the head's alone", _SUM, "if not spec.is_head(path):", "if False:", _MIXES),
+    _m("somebody else's head", _SUM, "parts[head].delta.saved", "parts[0].delta.saved", _MIXES),
+    _m("experts of a sum unweighted", _SUM, "(delta.scaling * weight)", "delta.scaling", _MIXED_EXPERTS),
 )
 
 
@@ -448,7 +463,7 @@ def examine(what: Case, package: Path, quiet: bool) -> int:
     """Run ``what`` on the package in ``package``; call it in a fork."""
     sys.path.insert(0, str(package))
     import adapter_router  # noqa: PLC0415
-    from tests.parity import conftest, proofs  # noqa: F401, PLC0415
+    from tests.parity import conftest, mixing, proofs  # noqa: F401, PLC0415
 
     assert Path(adapter_router.__file__).is_relative_to(package)
     if quiet:
@@ -457,6 +472,8 @@ def examine(what: Case, package: Path, quiet: bool) -> int:
         place = (what.architecture, what.task)
         if what.recipes == ("tokens",):
             problems = proofs.in_generation(*place, what.seed, Path(scratch))
+        elif what.recipes[0] == "mixes":
+            _, problems = mixing.in_mixes(*place, what.seed, Path(scratch), what.recipes[1:] or None)
         elif what.recipes[0] in ("bfloat16", "float16"):
             problems = proofs.to_the_last_bit(*place, what.recipes[0], Path(scratch))
         else:

@@ -25,3 +25,10 @@ def test_a_mix_is_the_weighted_sum(architecture: str, task: TaskKind, seed: int,
     compared, problems = in_mixes(architecture, task, seed, tmp_path)
     assert problems == []
     assert compared >= 8
+
+
+def test_experts_are_summed_too(tmp_path: Path) -> None:
+    names = ("experts-one", "experts-both", "experts-tandem", "plain")
+    compared, problems = in_mixes("mixtral", "text-generation", 1, tmp_path, names)
+    assert problems == []
+    assert compared == 24

@@ -12,7 +12,7 @@ from tests.parity.mutations import MUTATIONS, PACKAGE, Mutation
 def test_its_place_is_there_once(mutation: Mutation) -> None:
     assert (PACKAGE / mutation.file).read_text().count(mutation.old) == 1
     assert mutation.old != mutation.new
-    assert all(name in RECIPES or name in ("tokens", "bfloat16", "float16") for name in mutation.case.recipes)
+    assert all(name in RECIPES or name in ("tokens", "mixes", "bfloat16", "float16") for name in mutation.case.recipes)
     compile((PACKAGE / mutation.file).read_text().replace(mutation.old, mutation.new), mutation.file, "exec")
 
 
