@@ -117,6 +117,17 @@ def test_a_mix_goes_with_its_parts(engine: Engine) -> None:
     assert isinstance(error, AdapterNotFound) and "'b'" in str(error)
 
 
+def test_a_flood_of_mixes_evicts_no_adapter(tiny_bert: TinyBase, adapters: dict[str, Path]) -> None:
+    with Engine(EngineConfig(base=str(tiny_bert.directory), device="cpu", adapter_memory_bytes=80_000)) as engine:
+        for name, directory in adapters.items():
+            engine.load_adapter(name, directory)
+        own = {answer(engine, name).version for name in adapters}
+        for step in range(20):
+            mix = answer(engine, {"a": 1.0, "b": step / 10}, "a")
+            assert set(engine.resident()) >= own | {mix.version}
+        assert (engine.metrics.registry.get_sample_value("adapter_router_adapter_evictions_total") or 0) > 10
+
+
 def test_what_a_name_means_is_looked_up_for_every_row(engine: Engine, adapters: dict[str, Path]) -> None:
     before = answer(engine, {"a": 1, "c": 1}, "a")
     engine.unload_adapter("c")

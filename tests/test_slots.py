@@ -23,16 +23,20 @@ class SlotTableMachine(RuleBasedStateMachine):
     def _position(self, digest: str) -> int:
         return next(i for i, (name, _, _) in enumerate(self.order) if name == digest)
 
-    @rule(num_bytes=st.integers(1, BUDGET))
-    def make_room_and_add(self, num_bytes: int) -> None:
+    @rule(num_bytes=st.integers(1, BUDGET), is_mix=st.booleans())
+    def make_room_and_add(self, num_bytes: int, is_mix: bool) -> None:
         idle = [(name, size) for name, size, leases in self.order if leases == 0]
+        if is_mix:
+            idle = [slot for slot in idle if slot[0][0] == "m"] + [slot for slot in idle if slot[0][0] == "a"]
         leased = sum(size for _, size, leases in self.order if leases)
-        victims = self.table.room_for(num_bytes)
+        victims = self.table.room_for(num_bytes, is_mix=is_mix)
         if leased + num_bytes > BUDGET:
             assert victims is None
             return
         assert victims is not None
-        assert victims == [name for name, _ in idle[: len(victims)]], "evicts the least recently used first"
+        assert victims == [name for name, _ in idle[: len(victims)]], (
+            "the least recently used first, mixes before all for a mix"
+        )
         used = sum(size for _, size, _ in self.order)
         needed = [sum(size for _, size in idle[:n]) for n in range(len(idle) + 1)]
         assert len(victims) == next(n for n, freed in enumerate(needed) if used - freed + num_bytes <= BUDGET)
@@ -40,8 +44,9 @@ class SlotTableMachine(RuleBasedStateMachine):
             self.table.remove(victim)
             self.order.pop(self._position(victim))
         self.count += 1
-        self.table.add(f"a{self.count}", num_bytes)
-        self.order.append((f"a{self.count}", num_bytes, 0))
+        name = f"{'m' if is_mix else 'a'}{self.count}"
+        self.table.add(name, num_bytes, is_mix=is_mix)
+        self.order.append((name, num_bytes, 0))
 
     @precondition(lambda self: self.order)
     @rule(data=st.data())

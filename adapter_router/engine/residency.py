@@ -184,8 +184,9 @@ class Residency:
         with self._changed:
             if digest in self._resident:
                 return
-            self._make_room(loaded.num_bytes)
-            self._slots.add(digest, loaded.num_bytes)
+            is_mix = bool(loaded.parts)
+            self._make_room(loaded.num_bytes, is_mix)
+            self._slots.add(digest, loaded.num_bytes, is_mix=is_mix)
         try:
             resident = place(digest, loaded, self._base)
         except BaseException:
@@ -198,9 +199,9 @@ class Residency:
                 ticket.resident = self._lease(digest)
             self._metrics.resident(self._slots.used_bytes, len(self._resident))
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _make_room(self, num_bytes: int, is_mix: bool) -> None:
         """Evict until ``num_bytes`` fit, waiting for leases to come back where they must."""
-        while (victims := self._slots.room_for(num_bytes)) is None:
+        while (victims := self._slots.room_for(num_bytes, is_mix=is_mix)) is None:
             self._changed.wait()
         for victim in victims:
             self._evict(victim)

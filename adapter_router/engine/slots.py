@@ -12,6 +12,7 @@ from dataclasses import dataclass
 @dataclass
 class _Slot:
     num_bytes: int
+    is_mix: bool
     leases: int = 0
 
 
@@ -30,11 +31,17 @@ class SlotTable:
         """Digests, least recently used first."""
         return list(self._slots)
 
-    def room_for(self, num_bytes: int) -> list[str] | None:
-        """Digests to evict so that ``num_bytes`` fit; None when leases hold too much just now."""
+    def room_for(self, num_bytes: int, *, is_mix: bool = False) -> list[str] | None:
+        """Digests to evict so that ``num_bytes`` fit; None when leases hold too much just now.
+
+        Anybody can make up any number of mixes, so a mix first takes the place of other mixes.
+        """
         victims = []
         free = self.budget_bytes - self.used_bytes
-        for digest, slot in self._slots.items():
+        slots = list(self._slots.items())
+        if is_mix:
+            slots.sort(key=lambda entry: not entry[1].is_mix)  # else in order of last use, still
+        for digest, slot in slots:
             if free >= num_bytes:
                 break
             if slot.leases == 0:
@@ -42,10 +49,10 @@ class SlotTable:
                 free += slot.num_bytes
         return victims if free >= num_bytes else None
 
-    def add(self, digest: str, num_bytes: int) -> None:
+    def add(self, digest: str, num_bytes: int, *, is_mix: bool = False) -> None:
         """Take a slot; the caller has made room."""
         assert digest not in self._slots and self.used_bytes + num_bytes <= self.budget_bytes
-        self._slots[digest] = _Slot(num_bytes)
+        self._slots[digest] = _Slot(num_bytes, is_mix)
         self.used_bytes += num_bytes
 
     def remove(self, digest: str) -> None:
