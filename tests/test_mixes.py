@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from adapter_router.adapters.delta import AdapterDelta
+from adapter_router.adapters.weighted_sum import Part, weighted_sum
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
 from adapter_router.errors import AdapterNotFound, AdapterRejected, AdapterRouterError, InvalidRequest
@@ -206,6 +209,14 @@ def test_opposite_magnitudes_cannot_cancel_the_base(engine: Engine, tiny_bert: T
     engine._residency.release(resident.digest)
     error = refused(engine, {"dora": float(1 / (1 - gain[0].item()))})
     assert isinstance(error, AdapterRejected) and "cancel the base's output" in str(error)
+
+
+def test_only_parameters_of_saved_modules_have_a_sum(engine: Engine) -> None:
+    prepared = engine.base.task("text-classification")
+    norm = "bert.embeddings.LayerNorm"
+    saved = {norm: {**prepared.weights.parameters_of(norm), "running_mean": torch.zeros(32)}}
+    with pytest.raises(AdapterRejected, match="saved with running_mean: only parameters have a sum"):
+        weighted_sum([Part("a", AdapterDelta(saved=saved), 0.5)], 0, prepared.spec, prepared.weights)
 
 
 def test_generation_takes_mixes_too(tmp_path: Path) -> None:

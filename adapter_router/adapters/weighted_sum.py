@@ -16,6 +16,7 @@ import torch
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.base_weights import BaseWeights
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
+from adapter_router.adapters.keys import listed
 from adapter_router.errors import AdapterRejected
 
 _LEAST_GAIN = 1e-3  # dividing by less would lose more than three of float32's seven digits
@@ -37,11 +38,15 @@ def weighted_sum(parts: Sequence[Part], head: int, spec: BaseSpec, weights: Base
     modules become ``W + sum_i w_i (W_i - W)``. Raises AdapterRejected with everything that has no exact sum.
     """
     saved = {path: module for path, module in parts[head].delta.saved.items() if spec.is_head(path)}
+    problems = []
     for path in _keys(part.delta.saved for part in parts):
         if not spec.is_head(path):
+            base = weights.parameters_of(path)
             own = [(part.delta.saved[path], part.weight) for part in parts if path in part.delta.saved]
-            saved[path] = _saved_sum(weights.parameters_of(path), own)
-    problems = [problem for part in parts for problem in _conflicts(part, saved)]
+            if buffers := [name for name in _keys(module for module, _ in own) if name not in base]:
+                problems.append(f"{path} is saved with {listed(buffers)}: only parameters have a sum")
+            saved[path] = _saved_sum(base, own)
+    problems += [problem for part in parts for problem in _conflicts(part, saved)]
     modules: dict[str, ModuleDelta] = {}
     parameters: dict[str, dict[str, ParameterDelta]] = {}
     for path in _keys(part.delta.modules for part in parts):
