@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZATION_BITS = (2, 3, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How many bits a base's linear layers take; 16 leaves a layer as it is.
+
+    ``bits_pattern``: expressions for module paths -> bits, instead of ``bits``. An expression matches the end of a path
+    at a dot, and the first that matches decides, as in PEFT's ``rank_pattern``.
+    """
+
+    bits: int = 4
+    bits_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = ", ".join(map(str, QUANTIZATION_BITS))
+        widths = {"bits": self.bits, **{f"bits_pattern[{key!r:.80}]": bits for key, bits in self.bits_pattern.items()}}
+        problems = [
+            f"{name} is {bits!r:.80}, must be one of {known}"
+            for name, bits in widths.items()
+            if isinstance(bits, bool) or bits not in QUANTIZATION_BITS
+        ]
+        for key in self.bits_pattern:
+            try:
+                re.compile(key)
+            except (re.error, OverflowError, RecursionError) as error:
+                problems.append(f"bits_pattern {key!r:.80} is not a regular expression: {error}")
+        if problems:
+            raise ValueError("QuantizationConfig: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -19,6 +50,7 @@ class EngineConfig:
     share the weights' memory pages. LoRA is computed in float32 whatever the base's dtype.
     ``adapter_memory_bytes``: device memory for resident adapters; each costs its own bytes.
     ``store_dir``: where private copies of adapters live; None is a temporary directory, removed on ``close``.
+    ``quantization``: of the base's linear layers as it is read; None serves the checkpoint as it is.
     """
 
     base: str
@@ -29,6 +61,7 @@ class EngineConfig:
     max_batch_rows: int = 64
     num_threads: int | None = None
     store_dir: Path | None = None
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []

@@ -172,7 +172,7 @@ class RowResult:
     ``(tokens, labels)`` for token classification; ``(tokens, 2)``, start and end, for question answering;
     ``(tokens, vocabulary)`` for generation tasks; ``(features,)`` for an embedding, ``(tokens, features)`` with
     pooling "none". ``adapter``: the name asked for, a mix spelled out. ``version`` names the adapter's exact content
-    (``sha256:…``; the base's for a bare row); ``parts``: of a mix, those of its adapters and their weights.
+    (``sha256:…``; the base's for a bare row); ``parts``: of a mix, name, version and weight of its adapters.
     """
 
     output: Output
@@ -181,7 +181,7 @@ class RowResult:
     version: str
     num_tokens: int
     replica: str | None = None
-    parts: tuple[tuple[str, float], ...] = ()
+    parts: tuple[tuple[str, str, float], ...] = ()
 
 
 RowOutcome = RowResult | AdapterRouterError
@@ -222,7 +222,8 @@ class AdapterVersion:
     """One immutable version of one adapter: all that a replica needs to read and serve it.
 
     ``digest`` is the content hash of ``directory``, a private copy that nobody else writes. A mix has ``parts`` and no
-    directory; its digest follows from theirs, the weights and the head. ``has_head``: it brings saved modules.
+    directory; its digest follows from theirs, the weights and the head. ``brings_head``: the task's
+    head is its own, not the base's. ``num_bytes``: what it holds on a device, at most.
     """
 
     adapter: str
@@ -232,7 +233,8 @@ class AdapterVersion:
     labels: tuple[str, ...]
     activation: Activation
     embedding: EmbeddingSettings = EmbeddingSettings()
-    has_head: bool = False
+    brings_head: bool = False
+    num_bytes: int = 0
     parts: tuple[MixPart, ...] = ()
 
     @property

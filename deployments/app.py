@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from adapter_router.config import EngineConfig, RoutingConfig
+from adapter_router.config import EngineConfig, QuantizationConfig, RoutingConfig
 from adapter_router.types import TaskKind
 from deployments.api import build_http
 from deployments.replica import MAX_CALLS, Replica
@@ -41,6 +41,13 @@ class RoutingArgs(_Strict):
     copy_penalty: float = RoutingConfig.copy_penalty
 
 
+class QuantizationArgs(_Strict):
+    """Fields and defaults of ``QuantizationConfig``."""
+
+    bits: int = QuantizationConfig.bits
+    bits_pattern: dict[str, int] = {}
+
+
 class AppArgs(_Strict):
     """Arguments of one application. Engine fields are those of ``EngineConfig``.
 
@@ -58,6 +65,7 @@ class AppArgs(_Strict):
     replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    quantization: QuantizationArgs | None = None
     adapters: list[AdapterArgs] = []
     routing: RoutingArgs = RoutingArgs()
 
@@ -73,6 +81,7 @@ def build(args: AppArgs) -> serve.Application:
         num_threads=args.num_threads,
         max_batch_rows=args.routing.max_batch_rows,
         store_dir=Path(args.store_dir),
+        quantization=QuantizationConfig(**args.quantization.model_dump()) if args.quantization else None,
     )
     replicas = serve.deployment(
         Replica,

@@ -14,10 +14,10 @@ from ray import exceptions, serve
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from adapter_router.catalog.adapters import Catalog
+from adapter_router.catalog.adapters import Catalog, each_version
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import AdapterNotFound, AdapterRouterError, InvalidRequest, ReplicaLost
+from adapter_router.errors import AdapterNotFound, AdapterRejected, AdapterRouterError, InvalidRequest, ReplicaLost
 from adapter_router.metrics import RouterMetrics, exposition, merged_exposition
 from adapter_router.routing.dispatcher import Dispatcher
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, RowOutcome, ShardReply, TaskKind
@@ -64,7 +64,7 @@ class Router:
 
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer rows in order; an error stands in the place of the row it concerns."""
-        found = [self.version_of(row.adapter, row.head) for row in rows]
+        found = each_version(rows, self.version_of)
         for version in found:
             if isinstance(version, AdapterRouterError):
                 self._metrics.errors.labels(version.code).inc()
@@ -112,11 +112,13 @@ class Router:
         self, adapter: str | Mapping[str, float] | None, head: str | None = None
     ) -> AdapterVersion | AdapterRouterError | None:
         """What answers rows that name ``adapter``, a mix too; None is the bare base."""
+        if isinstance(adapter, Mapping):
+            found = self._catalog.find(adapter, head)
+            failed = [f"{name}: {self.failures[name]}" for name in adapter if name in self.failures]
+            return AdapterRejected.because(failed) if failed and isinstance(found, AdapterNotFound) else found
         if adapter == self._base.name:
             adapter = None
-        names = list(adapter) if isinstance(adapter, Mapping) else [adapter or ""]
-        failed = (self.failures[name] for name in names if name in self.failures)
-        return next(failed, None) or self._catalog.find(adapter, head)
+        return self.failures.get(adapter or "") or self._catalog.find(adapter, head)
 
     # -- operation -----------------------------------------------------------------------------------------------
 

@@ -5,9 +5,12 @@ That they are the weighted sum is proven for every kind of adapter in ``tests/pa
 
 from __future__ import annotations
 
+import difflib
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,9 +20,15 @@ from adapter_router.adapters.delta import AdapterDelta
 from adapter_router.adapters.weighted_sum import Part, weighted_sum
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
-from adapter_router.errors import AdapterNotFound, AdapterRejected, AdapterRouterError, InvalidRequest
-from adapter_router.types import Row, RowOutcome, RowResult
-from tests.tiny import TinyBase, random_features
+from adapter_router.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterRouterError,
+    AdapterUnavailable,
+    InvalidRequest,
+)
+from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult
+from tests.tiny import TinyBase, edit_config, random_features
 
 RANKS = {"a": 4, "b": 12, "c": 8}
 LABELS = {"a": ("no", "yes"), "b": ("red", "green", "blue"), "c": ("x", "y")}
@@ -93,7 +102,8 @@ def test_a_mix_is_one_version_whatever_its_spelling(engine: Engine) -> None:
     others = [answer(engine, {"a": 0.7, "b": -0.31}, "a"), answer(engine, {"a": 0.7, "c": -0.3}, "a")]
     assert len({first.version, *(other.version for other in others)}) == 3
     parents = {name: answer(engine, name).version for name in "ab"}
-    assert dict(first.parts) == {parents["a"]: 0.7, parents["b"]: -0.3}
+    assert set(first.parts) == {("a", parents["a"], 0.7), ("b", parents["b"], -0.3)}
+    assert answer(engine, {"a": 0.7, "b": 0.0}, "a").version == answer(engine, {"a": 0.7, "b": -0.0}, "a").version
     assert answer(engine, "a").parts == ()
 
 
@@ -125,10 +135,70 @@ def test_a_flood_of_mixes_evicts_no_adapter(tiny_bert: TinyBase, adapters: dict[
         for name, directory in adapters.items():
             engine.load_adapter(name, directory)
         own = {answer(engine, name).version for name in adapters}
+        load_s = engine.load_s
         for step in range(20):
             mix = answer(engine, {"a": 1.0, "b": step / 10}, "a")
             assert set(engine.resident()) >= own | {mix.version}
         assert (engine.metrics.registry.get_sample_value("adapter_router_adapter_evictions_total") or 0) > 10
+        assert engine.load_s == load_s  # what routing takes for the price of an adapter
+        assert set(engine._residency._tasks) == own
+
+
+def test_mixes_have_half_of_the_room(tiny_bert: TinyBase, adapters: dict[str, Path]) -> None:
+    with Engine(EngineConfig(base=str(tiny_bert.directory), device="cpu", adapter_memory_bytes=40_000)) as engine:
+        for name, directory in adapters.items():
+            engine.load_adapter(name, directory)
+        reads = mock.Mock(side_effect=engine._residency._reader.read_version)
+        with mock.patch.object(engine._residency._reader, "read_version", reads):
+            for _ in range(2):
+                error = refused(engine, {"a": 1, "b": 1, "c": 1}, "a")
+                assert isinstance(error, AdapterRejected) and "mixes have 20000 of adapter_memory_bytes" in str(error)
+        assert reads.call_count == 0
+
+
+def test_a_refused_mix_is_read_once(engine: Engine, tiny_bert: TinyBase, tmp_path: Path) -> None:
+    """Its parts never change, and one loader reads for all."""
+    engine.load_adapter("tokens", tiny_bert.adapter(tmp_path / "tokens", 2, 9, trainable_token_indices=[7, 9]))
+    reads = mock.Mock(side_effect=engine._residency._reader.read_version)
+    with mock.patch.object(engine._residency._reader, "read_version", reads):
+        for _ in range(3):
+            error = refused(engine, {"a": 0.5, "tokens": 0.5}, "a")
+            assert isinstance(error, AdapterRejected) and "trainable_token_indices" in str(error)
+    assert reads.call_count == 3  # the mix and its two parts
+
+
+def test_a_mix_is_told_which_part_is_gone(engine: Engine, tmp_path: Path) -> None:
+    mix = answer(engine, {"a": 0.5, "b": 0.25}, "a")
+    version = engine._catalog.find("b")
+    assert isinstance(version, AdapterVersion) and version.directory is not None
+    engine.evict(mix.version)
+    shutil.move(version.directory, tmp_path / "gone")
+    error = refused(engine, {"a": 0.5, "b": 0.25}, "a")
+    assert isinstance(error, AdapterUnavailable) and str(error).startswith("b: stored adapter")
+    shutil.move(tmp_path / "gone", version.directory)
+    assert answer(engine, {"a": 0.5, "b": 0.25}, "a").logits.tobytes() == mix.logits.tobytes()
+
+
+def test_the_same_files_may_serve_another_task_in_mixes_too(tiny_bert: TinyBase, tmp_path: Path) -> None:
+    directory = tiny_bert.adapter(tmp_path / "t", 3, 1)
+    edit_config(directory, task_type=None, modules_to_save=["classifier"])
+    with Engine(EngineConfig(base=str(tiny_bert.directory), device="cpu")) as engine:
+        versions = []
+        for task in ("text-classification", "token-classification"):
+            engine.load_adapter("t", directory, task=task)  # type: ignore[arg-type]
+            alone, half = answer(engine, "t"), answer(engine, {"t": 0.5})
+            versions += [half.version]
+            assert alone.logits.shape == half.logits.shape
+            engine.unload_adapter("t")
+        assert len(set(versions)) == 2
+
+
+def test_unknown_names_are_looked_up_once_a_call(engine: Engine) -> None:
+    with mock.patch("difflib.get_close_matches", wraps=difflib.get_close_matches) as guesses:
+        mix = {f"unknown {index}": 1 for index in range(16)}
+        outcomes = engine.infer([Row(FEATURES, mix)] * 50 + [Row(FEATURES, "x" * 100_000)] * 50)
+    assert guesses.call_count == 2
+    assert all(isinstance(outcome, AdapterNotFound) and len(str(outcome)) < 2000 for outcome in outcomes)
 
 
 def test_what_a_name_means_is_looked_up_for_every_row(engine: Engine, adapters: dict[str, Path]) -> None:
@@ -152,8 +222,13 @@ def test_a_head_must_be_chosen_where_there_is_a_choice(engine: Engine) -> None:
     [
         ({}, None, ["0 adapters, must have 1 to 16"]),
         ({f"x{i}": 1 for i in range(17)}, None, ["17 adapters"]),
-        ({"a": float("nan"), "b": float("inf"), "c": 1e9}, "a", ["'a' is nan", "'b' is inf", "'c' is 1000000000.0"]),
-        ({"a": "0.5", "b": True, "c": None}, "a", ["'a' is '0.5'", "'b' is True", "'c' is None"]),
+        (
+            {"a": float("nan"), "b": float("inf"), "c": 1e9},
+            "a",
+            ["'a' is nan", "'b' is inf", "'c' is 1000000000.0, must be a number from -10000 to 10000"],
+        ),
+        ({"a": "0.5", "b": True, "c": None}, "a", ["'a' is 0.5", "'b' is True", "'c' is None"]),
+        ({"a": 10**400, "b": 10**5000}, "a", ["'a' is 1000", "'b' is a huge number"]),
         ({"a": 1, 5: 1, "": 1}, None, ["5 cannot name an adapter", "'' cannot name an adapter"]),
         ({"a": 1, "b": float("nan")}, "d", ["'b' is nan", "head 'd' is not among"]),
     ],
@@ -215,7 +290,7 @@ def test_only_parameters_of_saved_modules_have_a_sum(engine: Engine) -> None:
     prepared = engine.base.task("text-classification")
     norm = "bert.embeddings.LayerNorm"
     saved = {norm: {**prepared.weights.parameters_of(norm), "running_mean": torch.zeros(32)}}
-    with pytest.raises(AdapterRejected, match="saved with running_mean: only parameters have a sum"):
+    with pytest.raises(AdapterRejected, match="saved with running_mean: only parameters of the base have a sum"):
         weighted_sum([Part("a", AdapterDelta(saved=saved), 0.5)], 0, prepared.spec, prepared.weights)
 
 
@@ -233,4 +308,39 @@ def test_generation_takes_mixes_too(tmp_path: Path) -> None:
         names: list[Any] = ["plain", {"plain": 1.0, "dora": 0.0}, {"plain": 0.5, "dora": 2.0}]
         events = {event.index: event for event in engine.generate([Row(ids, name, head=None) for name in names])}
     assert events[0].token_ids == events[1].token_ids != events[2].token_ids
-    assert events[2].adapter == "0.5 plain + 2 dora" and events[2].error is None
+    assert events[2].adapter == "0.5 plain + 2.0 dora" and events[2].error is None
+
+
+def test_what_runs_as_a_whole_has_no_sum_with_what_is_inside(tmp_path: Path) -> None:
+    """LoRA of a parameter, and modules saved around one another, run in the module's place."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: PLC0415
+
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=32,
+        vocab_size=100,
+        max_position_embeddings=40,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    kinds: dict[str, dict[str, Any]] = {
+        "linear": {"target_modules": ["q_proj"]},
+        "parameter": {"target_parameters": ["q_proj.weight"], "target_modules": []},
+        "outer": {"target_modules": ["lm_head"], "modules_to_save": ["self_attn"]},
+        "inner": {"target_modules": ["lm_head"], "modules_to_save": ["k_proj"]},
+    }
+    with Engine(EngineConfig(base=str(tmp_path / "base"), device="cpu")) as engine:
+        for name, fields in kinds.items():
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+            get_peft_model(model, lora).save_pretrained(tmp_path / name)
+            engine.load_adapter(name, tmp_path / name)
+        for mix in ({"linear": 1, "parameter": 0}, {"outer": 1, "inner": 1}, {"outer": 1, "linear": 1}):
+            error = refused(engine, mix)
+            assert isinstance(error, AdapterRejected), (mix, error)
+            assert "is replaced as a whole: there is no sum of the two" in str(error)
+        for mix in ({"linear": 1}, {"parameter": 0.5}, {"outer": 0.5}, {"inner": 0.5}, {"linear": 1, "inner": 1}):
+            assert isinstance(refused(engine, mix), RowResult)

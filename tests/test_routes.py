@@ -173,7 +173,7 @@ def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> No
     expected = router.result(Row("another text", mix, head="topics"))
     spellings: list[dict[str, Any]] = [
         {"model": mix},
-        {"merged_adapters": {"ids": list(mix), "weights": list(mix.values())}},
+        {"merged_adapters": {"ids": list(mix), "weights": list(mix.values()), "merge_strategy": "cat"}},
         {"model": "", "merged_adapters": {"ids": list(mix), "weights": list(mix.values()), "merge_strategy": "cat"}},
     ]
     for spelling in spellings:
@@ -181,8 +181,8 @@ def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> No
         assert answer["data"][0]["probs"] == pytest.approx(expected.output["probs"], abs=1e-6)  # type: ignore[typeddict-item]
         assert answer["adapter"]["name"] == "0.7 topics + -0.3 relevance"
         assert answer["adapter"]["version"] == expected.version
-        parts = {part["version"]: part["weight"] for part in answer["adapter"]["parts"]}
-        assert parts == {router.catalog.find(name).digest: weight for name, weight in mix.items()}  # type: ignore[union-attr]
+        parts = {part["name"]: (part["version"], part["weight"]) for part in answer["adapter"]["parts"]}
+        assert parts == {name: (router.catalog.find(name).digest, weight) for name, weight in mix.items()}  # type: ignore[union-attr]
     embedded = {"model": {"search": 0.5, "unscaled": 0.5}, "head": "search"}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/token-classify": {"model": {"entities": 1}, "input": "Ada in London"},
@@ -194,7 +194,9 @@ def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> No
     for path, body in bodies.items():
         response = client.post(path, json=body)
         assert response.status_code == 200, response.text
-        assert response.json()["adapter"]["name"] == " + ".join(f"{w:g} {name}" for name, w in body["model"].items())
+        assert response.json()["adapter"]["name"] == " + ".join(
+            f"{float(w)} {name}" for name, w in body["model"].items()
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,14 +204,23 @@ def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> No
     [
         ({"model": {"topics": 0.5, "relevance": 0.5}}, 400, "name one of topics, relevance as head"),
         ({"model": {"topics": 0.5}, "head": "relevance"}, 400, "head 'relevance' is not among the mixed adapters"),
-        ({"model": "topics", "head": "topics"}, 400, "head chooses among the adapters of a mix"),
+        ({"model": "topics", "head": "topics"}, 400, "head chooses among the adapters of a mix; this is none"),
         ({"model": {"topics": 0.5, "topic": 0.5}}, 404, "no adapter is named 'topic'; did you mean 'topics'"),
         ({"model": {"topics": 0.5, "search": 0.5}, "head": "topics"}, 400, "serve different tasks"),
         ({"model": {}}, 400, "0 adapters"),
         ({"model": {"topics": "0.5"}}, 400, "model"),
-        ({"merged_adapters": {"ids": ["topics"], "weights": [1, 2]}}, 400, "2 weights for 1 different ids"),
-        ({"merged_adapters": {"ids": ["topics", "topics"], "weights": [1, 2]}}, 400, "2 weights for 1 different ids"),
-        ({"model": "topics", "merged_adapters": {"ids": ["topics"], "weights": [1]}}, 400, "both say who answers"),
+        (
+            {"merged_adapters": {"ids": ["topics"], "weights": [1, 2], "merge_strategy": "cat"}},
+            400,
+            "2 weights for 1 ids",
+        ),
+        ({"merged_adapters": {"ids": ["topics", "topics"], "merge_strategy": "cat"}}, 400, "names an adapter twice"),
+        (
+            {"model": "topics", "merged_adapters": {"ids": ["topics"], "merge_strategy": "cat"}},
+            400,
+            "both say who answers",
+        ),
+        ({"merged_adapters": {"ids": ["topics"], "weights": [1]}}, 400, "merge_strategy"),
         (
             {"merged_adapters": {"ids": ["topics"], "weights": [1], "merge_strategy": "linear"}},
             400,

@@ -66,8 +66,8 @@ def test_mixes_are_asked_for_over_http_and_by_handle_beside_their_parts(app: App
     assert [type(outcome).__name__ for outcome in outcomes] == ["RowResult"] * 3 + ["InvalidRequest"]
     assert outcomes[1].version == answer["adapter"]["version"] not in {outcomes[0].version, outcomes[2].version}
     assert outcomes[1].output["probs"] == pytest.approx(answer["data"][0]["probs"], abs=1e-5)
-    parts = {outcomes[2].version: 0.6, outcomes[0].version: 0.4}
-    assert {part["version"]: part["weight"] for part in answer["adapter"]["parts"]} == parts == dict(outcomes[1].parts)
+    parts = {("language", outcomes[2].version, 0.6), ("guardrail", outcomes[0].version, 0.4)}
+    assert {tuple(part.values()) for part in answer["adapter"]["parts"]} == parts == set(outcomes[1].parts)
     assert '"0.6 language + 0.4 guardrail"' in app.http.get("/metrics").text
 
 

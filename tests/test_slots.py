@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from adapter_router.engine.slots import SlotTable
 
 BUDGET = 100
+SHARE = 50
 
 
 class SlotTableMachine(RuleBasedStateMachine):
@@ -28,18 +29,20 @@ class SlotTableMachine(RuleBasedStateMachine):
         idle = [(name, size) for name, size, leases in self.order if leases == 0]
         if is_mix:
             idle = [slot for slot in idle if slot[0][0] == "m"] + [slot for slot in idle if slot[0][0] == "a"]
-        leased = sum(size for _, size, leases in self.order if leases)
-        victims = self.table.room_for(num_bytes, is_mix=is_mix)
-        if leased + num_bytes > BUDGET:
-            assert victims is None
-            return
-        assert victims is not None
-        assert victims == [name for name, _ in idle[: len(victims)]], (
-            "the least recently used first, mixes before all for a mix"
-        )
         used = sum(size for _, size, _ in self.order)
-        needed = [sum(size for _, size in idle[:n]) for n in range(len(idle) + 1)]
-        assert len(victims) == next(n for n, freed in enumerate(needed) if used - freed + num_bytes <= BUDGET)
+        mixes = sum(size for name, size, _ in self.order if name[0] == "m")
+        victims = self.table.room_for(num_bytes, is_mix=is_mix)
+        possible = (
+            idle[:count]
+            for count in range(len(idle) + 1)
+            if used - sum(size for _, size in idle[:count]) + num_bytes <= BUDGET
+            and (not is_mix or mixes - sum(size for name, size in idle[:count] if name[0] == "m") + num_bytes <= SHARE)
+        )
+        fewest = next(possible, None)
+        if fewest is None or victims is None:
+            assert fewest is victims
+            return
+        assert victims == [name for name, _ in fewest], "the least recently used first, mixes before all for a mix"
         for victim in victims:
             self.table.remove(victim)
             self.order.pop(self._position(victim))
@@ -68,6 +71,7 @@ class SlotTableMachine(RuleBasedStateMachine):
         self.table.check_integrity()
         assert self.table.resident() == [name for name, _, _ in self.order]
         assert self.table.used_bytes == sum(size for _, size, _ in self.order)
+        assert sum(size for name, size, _ in self.order if name[0] == "m") <= SHARE
 
 
 TestSlotTable = SlotTableMachine.TestCase

@@ -15,6 +15,7 @@ from typing import Any
 from adapter_router.adapters.patterns import Matcher
 from adapter_router.adapters.strict_json import parse_object
 
+FINGERPRINT = "sha256:"  # what a base's fingerprint starts with
 # Fields that every method has, and that are read here.
 COMMON_FIELDS = frozenset(
     {
@@ -42,7 +43,7 @@ IMPLIED_SAVED = {
 }
 _BIASES = ("none", "all", "lora_only")
 _PATTERNED = ("LORA", "LOHA", "LOKR")
-_MAX_RANK = 4096
+MAX_RANK = 4096
 _MAX_ALPHA = 1e9
 _MAX_NAMES = 1000
 _MAX_TARGETS = 20_000
@@ -77,6 +78,16 @@ class AdapterConfig:
     document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The base that ``revision`` pins by its fingerprint, as ``adapter-router quantize`` writes it.
+
+        PEFT hands this field on unchanged from the adapter it starts with to the one it saves; it empties
+        ``loftq_config``. Revisions of hubs are no fingerprints: git allows no colon in them.
+        """
+        revision = self.document.get("revision")
+        return revision if isinstance(revision, str) and revision.startswith(FINGERPRINT) else None
 
     def rank_of(self, path: str) -> int:
         """Rank of the target module ``path``."""
@@ -199,10 +210,10 @@ class _FieldReader:
         self.rank_faults = False
 
     def rank(self, name: str, value: Any) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK:
             return value
         self.rank_faults = True
-        self._problems.append(f"{name} is {_short(value)}, must be an integer from 1 to {_MAX_RANK}")
+        self._problems.append(f"{name} is {_short(value)}, must be an integer from 1 to {MAX_RANK}")
         return 1
 
     def number(self, name: str, value: Any) -> float:

@@ -40,6 +40,7 @@ class BaseSpec:
     ``labels``, ``activation``: of the base's own head; no labels for a task that has none.
     ``backbone``: path of the part that all tasks share ("" where the model is nothing else), ``backbone_name``: what
     models with a head call it.
+    ``heads``: children of the model that answer with labels or spans; none where the answer is tokens or a vector.
     ``modules``: paths of all modules; ``called``: those that a forward pass calls, and so can be changed at all.
     ``targets``: modules that methods can act on; ``shiftable``: modules whose output ends in adding their bias.
     ``parameters``: shapes by name. ``label_axes``: parameters whose shape follows the number of labels -> the axis
@@ -55,6 +56,7 @@ class BaseSpec:
     activation: Activation
     backbone: str
     backbone_name: str
+    heads: frozenset[str]
     modules: frozenset[str]
     called: frozenset[str]
     targets: Mapping[str, TargetSpec]
@@ -73,12 +75,12 @@ class BaseSpec:
         return len(self.labels)
 
     def is_head(self, path: str) -> bool:
-        """Whether the module ``path`` belongs to the task's head: outside of the backbone, or its pooler.
+        """Whether the module ``path`` is part of the task's head: in ``heads``, or the pooler.
 
         A pooler's output goes nowhere but into a head, with which it is trained.
         """
-        inside = not self.backbone or path.startswith(self.backbone + ".")
-        return not inside or "pooler" in path.split(".")
+        top, *inside = path.split(".")
+        return top in self.heads or (bool(self.heads) and "pooler" in inside)
 
     def parameters_of(self, path: str) -> dict[str, Shape]:
         """Shapes of a module's parameters by their full names."""

@@ -27,12 +27,21 @@ class _Spectrum:
 
 
 class BaseWeights:
-    """Read-only access by module path. Not thread-safe: its owner is the loader thread."""
+    """Read-only access by module path. Not thread-safe: its owner is the loader thread.
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], targets: Mapping[str, TargetSpec]) -> None:
-        """``parameters`` by name; only ever read."""
+    Of a quantised module's weight everything is what is served, the dequantised; only factorisations are refused.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        targets: Mapping[str, TargetSpec],
+        quantized: frozenset[str] = frozenset(),
+    ) -> None:
+        """``parameters`` by name; only ever read. ``quantized``: modules whose weight is."""
         self._parameters = parameters
         self._targets = targets
+        self._quantized = quantized
         self._spectra: dict[tuple[str, bool], _Spectrum] = {}
         self._bases: dict[str, torch.Tensor] = {}
 
@@ -53,7 +62,11 @@ class BaseWeights:
     def parameters_of(self, path: str) -> dict[str, torch.Tensor]:
         """All parameters of a module by their names inside it."""
         inside = path + "."
-        return {n.removeprefix(inside): tensor for n, tensor in self._parameters.items() if n.startswith(inside)}
+        return {n.removeprefix(inside): self._parameters[n] for n in self._parameters if n.startswith(inside)}
+
+    def is_quantized(self, path: str) -> bool:
+        """Whether the weight of the module ``path`` is rounded to few bits."""
+        return path in self._quantized
 
     def largest(self, path: str, rank: int) -> Factors:
         """PiSSA's principal part. Raises ValueError when the spectrum has no gap there."""
@@ -65,6 +78,7 @@ class BaseWeights:
 
     def column_basis(self, path: str, rank: int) -> Factors:
         """OLoRA's part: QR of the first columns is the QR of the whole, cut."""
+        self._check_pristine(path)
         if self._targets[path].transposed:
             raise ValueError(f"OLoRA on {path}: PEFT's factors of a transposed layer do not fit it")
         if path not in self._bases or self._bases[path].shape[1] < rank:
@@ -73,7 +87,17 @@ class BaseWeights:
         basis = self._bases[path][:, :rank]
         return Factors((basis.t() @ self.weight(path).double()).float(), basis.float())
 
+    def _check_pristine(self, path: str) -> None:
+        """What training took out of a full-precision weight is no part of the rounded one."""
+        if path in self._quantized:
+            raise ValueError(
+                f"{path} is quantised on this base: what training took out of the full-precision weight cannot be told "
+                "from it; put the adapter as it was before training into initial/, convert it with PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), or leave the module at 16 bits"
+            )
+
     def _component(self, path: str, rank: int, largest: bool) -> Factors:
+        self._check_pristine(path)
         weight = self.weight(path).double()
         spectrum = self._spectrum(path, weight, rank, largest)
         vectors = spectrum.vectors[:, -rank:] if largest else spectrum.vectors[:, :rank]

@@ -18,7 +18,7 @@ from adapter_router.errors import AdapterRejected
 
 # Two loads of one PiSSA-like adapter, even PEFT's own, differ by this much of what was taken from the base.
 _WORTH_A_WARNING = 1e-4
-_TOO_UNCERTAIN = 1e-2
+TOO_UNCERTAIN = 1e-2
 _CHUNK = 1 << 20
 
 
@@ -37,6 +37,12 @@ def convert(adapter: AdapterTensors, weights: BaseWeights) -> Converted:
         for name, copy in adapter.copies.items()
         if not _same(weights.parameter(name), copy)
     ]
+    problems += [
+        f"target_parameters changes {name}, which is quantised on this base: train it with target_modules, or leave "
+        "the module at 16 bits"
+        for name in adapter.experts
+        if name.endswith(".weight") and weights.is_quantized(name.removesuffix(".weight"))
+    ]
     modules: dict[str, ModuleDelta] = {}
     warnings = list(adapter.warnings)
     for target, tensors in adapter.targets.items():
@@ -47,7 +53,7 @@ def convert(adapter: AdapterTensors, weights: BaseWeights) -> Converted:
             continue
         modules[target.base_path] = delta
         if delta.uncertainty > _WORTH_A_WARNING:
-            findings = problems if delta.uncertainty > _TOO_UNCERTAIN else warnings
+            findings = problems if delta.uncertainty > TOO_UNCERTAIN else warnings
             findings.append(_uncertain(target, delta.uncertainty))
     if problems:
         raise AdapterRejected.because(problems)
@@ -80,7 +86,7 @@ def norms(delta: AdapterDelta) -> dict[str, float]:
     sizes = {path: _size(module) for path, module in delta.modules.items()}
     sizes |= {path: _length(*parameters.values()) for path, parameters in delta.saved.items()}
     for path, changed in delta.parameters.items():
-        sizes[path] = _length(*(_product(p.b.float(), p.a.float()) * p.scaling for p in changed.values()))
+        sizes[path] = _length(*(small_product(p.b.float(), p.a.float()) * p.scaling for p in changed.values()))
     return sizes
 
 
@@ -91,13 +97,13 @@ def _size(delta: ModuleDelta) -> float:
     if delta.input_scale is not None:
         parts.append(delta.input_scale.float() - 1)
     if delta.a is not None and delta.b is not None:
-        parts.append(_product(delta.b.float().flatten(1), delta.a.float().flatten(1)) * delta.scaling)
+        parts.append(small_product(delta.b.float().flatten(1), delta.a.float().flatten(1)) * delta.scaling)
     if delta.a2 is not None and delta.b2 is not None:
-        parts.append(_product(delta.b2.float(), delta.a2.float()) * delta.scaling)
+        parts.append(small_product(delta.b2.float(), delta.a2.float()) * delta.scaling)
     return _length(*parts)
 
 
-def _product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def small_product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """A matrix of the norm of ``b @ a`` and of its rank's size: QR of both sides, without the product itself."""
     if b.shape[-1] != a.shape[-2] or min(b.shape[-2], a.shape[-1]) <= b.shape[-1]:
         product: torch.Tensor = b @ a if b.shape[-1] == a.shape[-2] else b

@@ -2,6 +2,7 @@
 
 The rules are those of peft 0.21 (``tuners_utils.check_target_module_exists``, ``other.get_pattern_key``). PEFT uses
 ``re``, which cannot be interrupted; we match with ``regex``, which can, and refuse what the two would read differently.
+A key without operators, such as a module's path, is compared as text, which no large model makes slow.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import regex
 
@@ -18,6 +20,42 @@ _SPENT_S = 1e-3
 # A brace that is no quantifier is literal text to ``re`` and a fuzzy match to ``regex``; so are POSIX classes.
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[\[?:")
 _ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]:]*\]", re.DOTALL)
+# The expression of a key of characters, escaped punctuation and dots, which stand for any character, alone.
+_PLAIN = re.compile(r"\(\.\*\\\.\)\?\((\^?)((?:[A-Za-z0-9_.-]|\\[!-/:-@[-`{-~])*)\)\$")
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """A key that matches ``length`` characters at a path's end, or a ``whole`` path: those of ``end`` as they are.
+
+    ``dotted``: all of them, where dots stand among them.
+    """
+
+    length: int
+    end: str
+    whole: bool
+    dotted: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, expression: str) -> _Tail | None:
+        """None for an expression that is more than text."""
+        plain = _PLAIN.fullmatch(expression)
+        if plain is None:
+            return None
+        anchor, text = plain.groups()
+        signs = re.findall(r"\\?.", text)
+        last_dot = max((place for place, sign in enumerate(signs) if sign == "."), default=-1)
+        end = "".join(sign[-1] for sign in signs[last_dot + 1 :])
+        return cls(len(signs), end, bool(anchor), re.compile(text) if "." in signs else None)
+
+    def fits(self, path: str) -> bool:
+        """What the expression's full match of ``path`` says."""
+        start = len(path) - self.length
+        if start < 0 or not path.endswith(self.end) or "\n" in path:
+            return False
+        if start > 0 and (self.whole or path[start - 1] != "."):
+            return False
+        return self.dotted is None or self.dotted.fullmatch(path, start) is not None
 
 
 class Matcher:
@@ -30,6 +68,7 @@ class Matcher:
         self.problems: dict[str, str] = {}
         self._compiled: dict[str, regex.Pattern[str] | None] = {}
         self._found: dict[tuple[str, str], regex.Match[str] | None] = {}
+        self._keys: dict[tuple[str, ...], list[tuple[str, str, _Tail | None]]] = {}
         self._left_s = _ADAPTER_LIMIT_S
 
     def matching_keys(self, patterns: Iterable[str], path: str) -> list[str]:
@@ -37,7 +76,15 @@ class Matcher:
 
         PEFT takes the FIRST in file order.
         """
-        return [key for key in patterns if self._match(rf"(.*\.)?({key})$", path, key)]
+        keys = tuple(patterns)
+        if keys not in self._keys:
+            expressions = {key: rf"(.*\.)?({key})$" for key in keys}
+            self._keys[keys] = [(key, expression, _Tail.of(expression)) for key, expression in expressions.items()]
+        return [
+            key
+            for key, expression, tail in self._keys[keys]
+            if (self._match(expression, path, key) if tail is None else tail.fits(path))
+        ]
 
     def names(self, names: str | tuple[str, ...], path: str) -> bool:
         """``target_modules`` and ``exclude_modules``: a string is a full-match expression, a list holds path tails."""

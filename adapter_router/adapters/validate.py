@@ -29,7 +29,7 @@ from adapter_router.adapters.manifest import Manifest, parse_manifest
 from adapter_router.adapters.methods import METHODS
 from adapter_router.adapters.naming import choose_naming
 from adapter_router.adapters.tasks import choose_task
-from adapter_router.adapters.tuners.lora import changes_base, needs_initial
+from adapter_router.adapters.tuners.lora import changes_base, needs_initial, rounds_base
 from adapter_router.adapters.tuners.tuner import Target, Tuner
 from adapter_router.errors import AdapterRejected
 from adapter_router.types import Activation, AdapterFiles, EmbeddingSettings, TaskKind
@@ -45,6 +45,7 @@ class AdapterTensors:
     ``biases``: new values. ``saved``: whole parameters of replaced modules by their names inside; ``replaced``: single
     parameters by module. ``copies``: what the file says base weights are. ``shared``: the method's own.
     ``invocation``: tokens that switch the adapter on (aLoRA); empty for one that is always on.
+    ``base_fingerprint``: the base that its files demand, if they name one.
     """
 
     method: Tuner
@@ -64,6 +65,7 @@ class AdapterTensors:
     replaced: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     copies: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     if task is None:
         raise AdapterRejected.because(problems)
     base = bases.spec(task)
-    problems += _base_problems(base, head, manifest)
+    problems += _base_problems(base, config, head, manifest)
     naming = choose_naming(base, found.module_paths())
     problems += config.pattern_problems([naming.spelled(path) for path in base.modules])
     findings = Findings(config, method, base, naming, problems)
@@ -137,6 +139,7 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
         replaced=coverage.parameters.replaced,
         copies=coverage.parameters.copies,
         shared=found.shared,
+        base_fingerprint=manifest.base_fingerprint or config.base_fingerprint,
     )
 
 
@@ -158,13 +161,21 @@ def _initial(config: AdapterConfig, method: Tuner, files: AdapterFiles) -> tuple
     return (sort_tensors(tensors, config, method) if tensors is not None else None), problems
 
 
-def _base_problems(base: BaseSpec, head: HeadConfig, manifest: Manifest) -> list[str]:
+def _base_problems(base: BaseSpec, config: AdapterConfig, head: HeadConfig, manifest: Manifest) -> list[str]:
     problems = []
     if head.model_type is not None and head.model_type != base.model_type:
         problems.append(f"adapter was trained on a {head.model_type!r} model, this base is {base.model_type!r}")
-    if manifest.base_fingerprint not in (None, base.fingerprint):
+    stated = {manifest.base_fingerprint, config.base_fingerprint} - {None}
+    problems += [
+        f"adapter was trained on the base {fingerprint:.80}, this one is {base.fingerprint}: serve it on that base"
+        for fingerprint in sorted(map(str, stated))
+        if fingerprint != base.fingerprint
+    ]
+    if config.peft_type == "LORA" and rounds_base(config.document) and not stated:
         problems.append(
-            f"adapter was trained on the base {manifest.base_fingerprint:.80}, this one is {base.fingerprint}"
+            "init_lora_weights='loftq' was trained on a quantised base that PEFT made in memory, and nothing says that "
+            "it is this one: write that base with adapter-router quantize --method loftq, serve it, and name its "
+            f"fingerprint as base_fingerprint in the adapter's adapter_router.json; this base is {base.fingerprint}"
         )
     return problems
 

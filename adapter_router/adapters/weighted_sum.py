@@ -15,6 +15,7 @@ import torch
 
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.base_weights import BaseWeights
+from adapter_router.adapters.convert import TOO_UNCERTAIN
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
 from adapter_router.adapters.keys import listed
 from adapter_router.errors import AdapterRejected
@@ -43,10 +44,12 @@ def weighted_sum(parts: Sequence[Part], head: int, spec: BaseSpec, weights: Base
         if not spec.is_head(path):
             base = weights.parameters_of(path)
             own = [(part.delta.saved[path], part.weight) for part in parts if path in part.delta.saved]
-            if buffers := [name for name in _keys(module for module, _ in own) if name not in base]:
-                problems.append(f"{path} is saved with {listed(buffers)}: only parameters have a sum")
+            if strange := [
+                name for name in _keys(m for m, _ in own) if name not in base or f"{path}.{name}" in spec.untrained
+            ]:
+                problems.append(f"{path} is saved with {listed(strange)}: only parameters of the base have a sum")
             saved[path] = _saved_sum(base, own)
-    problems += [problem for part in parts for problem in _conflicts(part, saved)]
+    problems += _conflicts(parts, saved)
     modules: dict[str, ModuleDelta] = {}
     parameters: dict[str, dict[str, ParameterDelta]] = {}
     for path in _keys(part.delta.modules for part in parts):
@@ -82,13 +85,20 @@ def _keys(mappings: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
-def _conflicts(part: Part, saved: Mapping[str, object]) -> list[str]:
-    """Modules that are replaced as wholes and that this part changes."""
-    changed = [*part.delta.modules, *part.delta.parameters]
+def _conflicts(parts: Sequence[Part], saved: Mapping[str, object]) -> list[str]:
+    """Changes of a module that the sum runs as a whole, saved or with changed parameters, or of something inside it."""
+    whole = dict.fromkeys(saved, "saved")
+    for part in parts:
+        whole |= dict.fromkeys(part.delta.parameters, "parameters")
+        whole |= {path: "modules" for path, delta in part.delta.modules.items() if delta.a2 is not None}
     return [
-        f"{part.name} changes {path}, which is replaced as a whole by a saved module: there is no sum of the two"
-        for path in changed
-        if any(path == root or path.startswith(root + ".") for root in saved)
+        f"{part.name} changes {path}, and {root} is replaced as a whole: there is no sum of the two"
+        for part in parts
+        for kind in ("saved", "parameters", "modules")
+        for path in getattr(part.delta, kind)
+        if kind != "saved" or path in saved
+        for root, form in whole.items()
+        if path.startswith(root + ".") or (path == root and kind != form)
     ]
 
 
@@ -105,8 +115,11 @@ def _faults(present: Sequence[tuple[ModuleDelta, float]]) -> list[str]:
     scales = any(delta.input_scale is not None for delta in deltas)
     if scales and any(delta.rank or delta.dense is not None or delta.gain is not None for delta in deltas):
         faults.append("scaled inputs (IA3) and other changes have no exact sum")
-    if _has_gain(deltas) and float(_gain(present).abs().min()) < _LEAST_GAIN:
-        faults.append("the weighted magnitudes (DoRA) cancel the base's output; choose other weights")
+    divided = any(delta.rank or delta.dense is not None for delta in deltas)
+    if divided and _has_gain(deltas) and float(_gain(present).abs().min()) < _LEAST_GAIN:
+        faults.append("the weighted gains (DoRA, IA3) cancel the base's output; choose other weights")
+    if _uncertainty(present) > TOO_UNCERTAIN:
+        faults.append("what training took out of the base is not known well enough for so large a weight")
     return faults
 
 
@@ -126,23 +139,27 @@ def _gain(present: Sequence[tuple[ModuleDelta, float]]) -> torch.Tensor:
 def _sum(present: Sequence[tuple[ModuleDelta, float]]) -> ModuleDelta:
     deltas = [delta for delta, _ in present]
     gain = _gain(present) if _has_gain(deltas) else None
-    a, b = _factors([(d.a, d.b, _own(d, w, gain) * d.scaling) for d, w in present])
+    a, b = _factors([(d.a, d.b, _before_gain(d, w, gain) * d.scaling) for d, w in present])
     a2, b2 = _factors([(d.a2, d.b2, torch.tensor(w * d.scaling)) for d, w in present])
     scales = [(d.input_scale, w) for d, w in present if d.input_scale is not None]
     return ModuleDelta(
         a=a,
         b=b,
-        dense=_total([(d.dense, _own(d, w, gain)) for d, w in present]),
+        dense=_total([(d.dense, _before_gain(d, w, gain)) for d, w in present]),
         gain=None if gain is None else gain.float(),
         shift=_total([(d.shift, torch.tensor(w)) for d, w in present]),
         input_scale=1 + torch.stack([w * (s.float() - 1) for s, w in scales]).sum(dim=0) if scales else None,
         a2=a2,
         b2=b2,
-        uncertainty=max(delta.uncertainty for delta in deltas),
+        uncertainty=_uncertainty(present),
     )
 
 
-def _own(delta: ModuleDelta, weight: float, gain: torch.Tensor | None) -> torch.Tensor:
+def _uncertainty(present: Sequence[tuple[ModuleDelta, float]]) -> float:
+    return max(abs(weight) * delta.uncertainty for delta, weight in present)
+
+
+def _before_gain(delta: ModuleDelta, weight: float, gain: torch.Tensor | None) -> torch.Tensor:
     """What multiplies a part's own terms before the sum's gain does: a number, or (out,)."""
     own = torch.tensor(weight, dtype=torch.float64)
     if gain is None:

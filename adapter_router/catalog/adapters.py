@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from adapter_router.catalog.mixing import mixed, weight_problems
 from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRouterError, InvalidRequest
-from adapter_router.types import AdapterVersion
+from adapter_router.types import AdapterVersion, Row
+
+_MOST_COMPARED = 200  # names, when guessing which one was meant: it is done while others wait
+_LONGEST_GUESSED = 100
+
+
+_Found = TypeVar("_Found")
+
+
+def each_version(
+    rows: Sequence[Row], find: Callable[[str | Mapping[str, float] | None, str | None], _Found]
+) -> list[_Found]:
+    """What every row's ``adapter`` and ``head`` mean, each asked of ``find`` once."""
+    known: dict[tuple[object, str | None], _Found] = {}
+    found = []
+    for row in rows:
+        key = (row.adapter if isinstance(row.adapter, str | None) else id(row.adapter), row.head)
+        if key not in known:
+            known[key] = find(row.adapter, row.head)
+        found.append(known[key])
+    return found
 
 
 class Catalog:
@@ -48,7 +69,7 @@ class Catalog:
         if isinstance(adapter, Mapping):
             return self._find_mix(adapter, head)
         if head is not None:
-            return InvalidRequest("head chooses among the adapters of a mix; the row names one adapter", "head")
+            return InvalidRequest("head chooses among the adapters of a mix; this is none", "head")
         if adapter is None:
             return None
         return self._versions.get(adapter) or self._not_found(adapter)
@@ -58,8 +79,10 @@ class Catalog:
             return InvalidRequest("; ".join(problems), "model", problems)
         found = {name: self._versions.get(name) for name in weights}
         versions = {name: version for name, version in found.items() if version is not None}
-        if missing := [self._not_found(name).message for name in found if name not in versions]:
-            return AdapterNotFound("; ".join(missing), "model", missing if len(missing) > 1 else ())
+        if missing := [name for name in found if name not in versions]:
+            others = [f"no adapter is named {name!r:.80}" for name in missing[1:]]
+            problems = [self._not_found(missing[0]).message, *others]
+            return AdapterNotFound("; ".join(problems), "model", problems if others else ())
         try:
             return mixed(weights, versions, head)
         except InvalidRequest as error:
@@ -77,6 +100,7 @@ class Catalog:
 
     def _not_found(self, adapter: str) -> AdapterNotFound:
         with self._lock:
-            close = difflib.get_close_matches(adapter, self._versions, n=3)
+            alike = [name for name in self._versions if name[:1] == adapter[:1] or name[-3:] == adapter[-3:]]
+        close = difflib.get_close_matches(adapter[:_LONGEST_GUESSED], alike[:_MOST_COMPARED], n=3)
         hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-        return AdapterNotFound(f"no adapter is named {adapter!r}{hint}", "model")
+        return AdapterNotFound(f"no adapter is named {adapter!r:.200}{hint}", "model")

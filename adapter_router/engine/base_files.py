@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapter_router.engine.inputs import TEXT_FEATURES, InputLimits
+from adapter_router.quantization.scratch import one_at_a_time
+from adapter_router.quantization.weights import ServedTensors
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 _WEIGHTS = "model.safetensors"
@@ -75,10 +77,15 @@ def _long_from(config: PretrainedConfig) -> int:
 
 
 def fingerprint_of(model: PreTrainedModel, untrained: frozenset[str]) -> str:
-    """sha256 over names and bytes of all weights that came from the checkpoint."""
+    """sha256 over names and bytes of all weights that came from the checkpoint, as they are served.
+
+    Of a quantised base these are the dequantised ones: whoever holds them written out has the same base.
+    """
     hasher = hashlib.sha256(model.config.model_type.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in untrained:
+    tensors = ServedTensors(model, model.state_dict())
+    for name in sorted(set(tensors) - untrained):
+        with one_at_a_time():
+            tensor = tensors[name]
             hasher.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
             hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return "sha256:" + hasher.hexdigest()

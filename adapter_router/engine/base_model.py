@@ -35,6 +35,8 @@ from adapter_router.engine.layers import GroupedModule
 from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
 from adapter_router.engine.probe import Batch, WatchedModules, padding_error, watch_modules, zeros_are_default
 from adapter_router.engine.task_model import TaskModel
+from adapter_router.quantization.base import weight_source
+from adapter_router.quantization.weights import ServedTensors
 from adapter_router.types import TaskKind
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class PreparedTask:
 
 
 class BaseModel:
-    """One base model, shared by all adapters of all its tasks. A task's head is read when it is first needed."""
+    """One base model, shared by all adapters of all its tasks. A task's head is read when it is first needed.
+
+    ``quantized``: bits of the modules that are, by name in the model of the base's own task. ``num_bytes``: of that
+    model's parameters; ``full_bytes``: what they would take unquantised.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the base named by ``config``.
@@ -74,20 +80,35 @@ class BaseModel:
         self._source = resolve(config.base)
         self._dtype = config.dtype
         check_digest(self._source, config.base_sha256)
-        self.tasks = served_tasks(AutoConfig.from_pretrained(self._source))
+        checkpoint = AutoConfig.from_pretrained(self._source)
+        self.tasks = served_tasks(checkpoint)
+        self._packed = weight_source(self._source, checkpoint, self.device, config.quantization)
         self._active = ActivePlan()
         self._grouped: dict[nn.Module, GroupedModule] = {}
         self._prepared: dict[TaskKind, PreparedTask] = {}
         self._failed: dict[TaskKind, str] = {}
+        self._shared: SharedBackbone | None = None
         self._preparing = threading.RLock()  # one task at a time; never taken while ``lock`` is held
         first = self._read(self.tasks[0])
         if first.task != "embedding" and not _is_bare(first.backbone, first.config):
             self.tasks = tuple(task for task in self.tasks if task != "embedding")
         self.fingerprint = fingerprint_of(first.model, first.untrained)
-        self.dtype: torch.dtype = first.model.dtype
+        self.dtype: torch.dtype = first.dtype
+        self.quantized, self.num_bytes, self.full_bytes = first.quantized, first.num_bytes, first.full_bytes
+        if self.quantized:
+            logger.info(
+                "base %s: %d modules quantised to %s bits, %d bytes instead of %d",
+                self._name,
+                len(self.quantized),
+                ", ".join(str(bits) for bits in sorted(set(self.quantized.values()))),
+                self.num_bytes,
+                self.full_bytes,
+            )
         self.encoder = self._row_encoder(first)
         has_backbone = bool(first.backbone_path) or first.task == "embedding"
         self._backbone = _whole_backbone(first, lambda: self._read("embedding")) if has_backbone else first.backbone
+        if self._packed is not None:
+            self._packed.check()
         self._shared = SharedBackbone(self._backbone) if has_backbone else None
         self._backbone_options = first.options
         self._prepared[first.task] = self._prepare(first)
@@ -189,7 +210,8 @@ class BaseModel:
         return path.removeprefix(backbone) if path.startswith(backbone + ".") else path
 
     def _read(self, task: TaskKind) -> TaskModel:
-        return TaskModel(task, self._source, self._dtype, self.device)
+        backbone = None if self._shared is None else self._backbone
+        return TaskModel(task, self._source, self._dtype, self.device, self._packed, backbone)
 
     def _finish(self, model: TaskModel, features: Batch, output: object, padding: int | None) -> torch.Tensor:
         """One task's head on the backbone's ``output``."""
@@ -208,7 +230,8 @@ class BaseModel:
             shares = shared and self._replays(model, self._batch_of(_SAMPLES))
             pads_left = model.task == "text-generation" and self._pads_left(model)
         spec = model.describe(watched, self.fingerprint)
-        weights = BaseWeights(dict(model.model.named_parameters(remove_duplicate=False)), spec.targets)
+        served = ServedTensors(model.model, dict(model.model.named_parameters(remove_duplicate=False)))
+        weights = BaseWeights(served, spec.targets, served.quantized)
         return PreparedTask(model, spec, weights, watched, shares, pads_left)
 
     def _run(self, model: TaskModel) -> Callable[[Batch], torch.Tensor]:
@@ -323,7 +346,7 @@ def _whole_backbone(first: TaskModel, read: Callable[[], TaskModel]) -> nn.Modul
         return first.backbone
     with torch.device("meta"):
         whole = AutoModel.from_config(first.config)
-    if set(whole.state_dict()) <= set(first.backbone.state_dict()):
+    if set(whole.state_dict()) <= set(ServedTensors(first.backbone, first.backbone.state_dict())):
         return first.backbone
     backbone: nn.Module = read().model
     return backbone

@@ -70,7 +70,7 @@ def tied_modules(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(
         path
         for path, module in model.named_modules()
-        if path != embedding and getattr(module, "weight", None) is weight
+        if path != embedding and module._parameters.get("weight") is weight  # a quantised one would be dequantised
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from adapter_router.adapters.convert import idle_modules, norms
 from adapter_router.adapters.validate import Request
-from adapter_router.catalog.adapters import Catalog
+from adapter_router.catalog.adapters import Catalog, each_version
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
@@ -121,7 +121,7 @@ class Engine:
         if task is not None and task not in TASK_KINDS:
             raise AdapterRejected.because([f"task {task!r} is not served; served are {', '.join(TASK_KINDS)}"])
         loaded = self._residency.register(stored, Request(task, tuple(labels) if labels is not None else None))
-        tensors = loaded.tensors
+        tensors, spec = loaded.tensors, self.base.task(loaded.tensors.task).spec
         version = AdapterVersion(
             adapter,
             stored.digest,
@@ -130,7 +130,8 @@ class Engine:
             tensors.labels,
             tensors.activation,
             tensors.embedding,
-            has_head=bool(tensors.saved or tensors.replaced),
+            brings_head=any(spec.is_head(path) for path in (*tensors.saved, *tensors.replaced)),
+            num_bytes=loaded.num_bytes,
         )
         report = _report(version, loaded)
         logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(report.modules))
@@ -169,7 +170,7 @@ class Engine:
 
     def infer(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer ``rows`` in order; a row that failed has its error in its place."""
-        found = [self._catalog.find(row.adapter, row.head) for row in rows]
+        found = each_version(rows, self._catalog.find)
         known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
         answered = iter(self.infer_versions(*zip(*known, strict=True)) if known else ())
         return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
@@ -298,7 +299,7 @@ class Engine:
         output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))
         if job.version is None:
             return RowResult(output, logits, job.name, self.base.fingerprint, job.encoded.num_tokens)
-        parts = tuple((part.version.digest, part.weight) for part in job.version.parts)
+        parts = tuple((part.version.adapter, part.version.digest, part.weight) for part in job.version.parts)
         return RowResult(output, logits, job.name, job.version.digest, job.encoded.num_tokens, parts=parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from adapter_router.catalog.mixing import spelled
 from adapter_router.engine.inputs import EncodedRow
 from adapter_router.engine.residency import Residency
 from adapter_router.engine.resident import ResidentAdapter
@@ -38,7 +39,7 @@ class Job:
 
 def name_of(row: Row) -> str | None:
     """The name that ``row`` asks for; of a mix, all of it."""
-    return row.adapter if isinstance(row.adapter, str | None) else str(dict(row.adapter))
+    return row.adapter if isinstance(row.adapter, str | None) else spelled(row.adapter)
 
 
 class Leases:

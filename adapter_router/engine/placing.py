@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -32,6 +32,7 @@ def place(digest: str, loaded: Loaded, base: BaseModel) -> ResidentAdapter:
         for path, module in delta.modules.items()
         if path not in attention
     }
+    _check_reach(deltas, heads)
     touched = {*deltas, *heads}
     mixing = {path for path in touched if path not in prepared.watched.rows or path == prepared.spec.backbone}
     if mixing and adapter.invocation:
@@ -54,6 +55,18 @@ def place(digest: str, loaded: Loaded, base: BaseModel) -> ResidentAdapter:
         invocation=adapter.invocation,
         parts=loaded.parts,
     )
+
+
+def _check_reach(deltas: Iterable[str], heads: Collection[str]) -> None:
+    """What runs in a module's place runs as it is: nothing else can act there or inside it."""
+    unreached = [
+        f"{path} cannot be changed: {head} runs as a whole, with changes of its own"
+        for path in (*deltas, *heads)
+        for head in heads
+        if path.startswith(head + ".") or (path == head and path in deltas)
+    ]
+    if unreached:
+        raise AdapterRejected.because(unreached)
 
 
 def _keeper(path: str, prepared: PreparedTask) -> str | None:

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from adapter_router.quantization.weights import INNER
+
 Batch = dict[str, torch.Tensor]
 _FEW, _MORE = 3, 5  # unlike each other, and unlike any leading dimension a model adds by itself
 _CHANGED = 1  # the row that differs between two otherwise equal batches
@@ -120,7 +122,9 @@ def _record(model: nn.Module, features: Batch, run: Callable[[Batch], Any]) -> d
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in model.named_modules()]
+    # Parts of a quantised weight give the whole weight as their answer, and nobody adapts them.
+    watched = [(path, module) for path, module in model.named_modules() if INNER not in path.split(".")]
+    hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in watched]
     try:
         with torch.inference_mode():
             run(features)

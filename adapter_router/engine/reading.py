@@ -11,7 +11,7 @@ from adapter_router.adapters.validate import AdapterTensors, Bases, Request, val
 from adapter_router.adapters.weighted_sum import Part, weighted_sum
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.engine.base_model import BaseModel
-from adapter_router.errors import AdapterRejected
+from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import AdapterVersion, MixPart
 
 
@@ -48,7 +48,7 @@ class Reader:
         return self._mix(version.parts)
 
     def _mix(self, parts: Sequence[MixPart]) -> Loaded:
-        read = [self.read_version(part.version) for part in parts]
+        read = [self._part(part.version) for part in parts]
         activated = [part.version.adapter for part, one in zip(parts, read, strict=True) if one.tensors.invocation]
         if activated:
             raise AdapterRejected.because([f"{name} acts from an invocation on (aLoRA): no mix" for name in activated])
@@ -57,6 +57,15 @@ class Reader:
         base = self._base.task(read[head].tensors.task)
         total = Converted(weighted_sum(named, head, base.spec, base.weights), ())
         return replace(self._loaded(read[head].tensors, total), parts=frozenset(p.version.digest for p in parts))
+
+    def _part(self, version: AdapterVersion) -> Loaded:
+        """``read_version``; what goes wrong is told by the part's name."""
+        try:
+            return self.read_version(version)
+        except AdapterRejected as error:
+            raise AdapterRejected.because([f"{version.adapter}: {problem}" for problem in error.problems]) from error
+        except AdapterUnavailable as error:
+            raise AdapterUnavailable(f"{version.adapter}: {error}") from error
 
     def _loaded(self, tensors: AdapterTensors, converted: Converted) -> Loaded:
         return Loaded(tensors, converted, converted.delta.device_bytes(self._base.dtype))

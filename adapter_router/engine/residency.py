@@ -27,6 +27,7 @@ from adapter_router.types import AdapterVersion, TaskKind
 
 logger = logging.getLogger(__name__)
 
+_MOST_REFUSED = 256
 _SMOOTHING = 0.2  # weight of the newest load in the running mean
 
 
@@ -48,6 +49,7 @@ class Residency:
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
         self._tasks: dict[str, TaskKind] = {}
+        self._refused: dict[str, tuple[str, ...]] = {}  # problems of mixes, oldest first
         self._loading: dict[str, Future[None]] = {}
         self._tickets: defaultdict[str, list[_Ticket]] = defaultdict(list)
         self._changed = threading.Condition()
@@ -137,19 +139,35 @@ class Residency:
     def _load_cold(self, version: AdapterVersion) -> None:
         try:
             if version.digest not in self._resident:
-                self._load(version.digest, lambda: self._reader.read_version(version))
+                self._load(version.digest, lambda: self._read(version))
         finally:
             with self._changed:
                 self._loading.pop(version.digest, None)
+
+    def _read(self, version: AdapterVersion) -> Loaded:
+        """A mix is only read where its parts fit, and is refused at once when it was before: no part of it changes."""
+        if not version.parts:
+            return self._reader.read_version(version)
+        if version.digest in self._refused:
+            raise AdapterRejected.because(self._refused[version.digest])
+        try:
+            self._check_size(version.num_bytes, is_mix=True)
+            return self._reader.read_version(version)
+        except AdapterRejected as error:
+            self._refused[version.digest] = error.problems
+            while len(self._refused) > _MOST_REFUSED:
+                self._refused.pop(next(iter(self._refused)))
+            raise
 
     def _load(self, digest: str, read: Callable[[], Loaded]) -> Loaded:
         start = time.perf_counter()
         try:
             loaded = read()
-            self._check_task(digest, loaded.tensors.task)
-            self._check_size(loaded.num_bytes)
+            self._check_task(digest, loaded)
+            self._check_size(loaded.num_bytes, is_mix=bool(loaded.parts))
             self._install(digest, loaded)
-            self._tasks[digest] = loaded.tensors.task
+            if not loaded.parts:
+                self._tasks[digest] = loaded.tensors.task
         except AdapterRouterError as error:
             self._metrics.load_failed(error)
             raise
@@ -159,12 +177,16 @@ class Residency:
             self._metrics.load_failed(failure)
             raise failure from error
         seconds = time.perf_counter() - start
-        self.load_s += _SMOOTHING * (seconds - self.load_s)
+        if not loaded.parts:
+            self.load_s += _SMOOTHING * (seconds - self.load_s)
         self._metrics.loaded(seconds)
         return loaded
 
-    def _check_task(self, digest: str, task: TaskKind) -> None:
-        """One content serves one task: what is resident is told by its digest alone."""
+    def _check_task(self, digest: str, loaded: Loaded) -> None:
+        """One content serves one task: what is resident is told by its digest alone. A mix's digest has its task."""
+        if loaded.parts:
+            return
+        task = loaded.tensors.task
         known = self._tasks.get(digest, task)
         if known != task:
             raise AdapterRejected.because(
@@ -174,7 +196,14 @@ class Residency:
                 ]
             )
 
-    def _check_size(self, num_bytes: int) -> None:
+    def _check_size(self, num_bytes: int, *, is_mix: bool) -> None:
+        if is_mix and num_bytes > self._slots.mix_bytes:
+            raise AdapterRejected.because(
+                [
+                    f"the mixed adapters need {num_bytes} bytes on the device, mixes have {self._slots.mix_bytes} of "
+                    "adapter_memory_bytes; merge them beforehand with adapter-router merge"
+                ]
+            )
         if num_bytes > self._slots.budget_bytes:
             raise AdapterRejected.because(
                 [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]

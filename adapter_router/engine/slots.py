@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+MIX_SHARE = 0.5  # of the budget: anybody can make up any number of mixes, and shall not evict everybody's adapters
+
 
 @dataclass
 class _Slot:
@@ -21,6 +23,7 @@ class SlotTable:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        self.mix_bytes = int(budget_bytes * MIX_SHARE)
         self.used_bytes = 0
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
 
@@ -34,20 +37,24 @@ class SlotTable:
     def room_for(self, num_bytes: int, *, is_mix: bool = False) -> list[str] | None:
         """Digests to evict so that ``num_bytes`` fit; None when leases hold too much just now.
 
-        Anybody can make up any number of mixes, so a mix first takes the place of other mixes.
+        A mix evicts other mixes first, and all together have only their share.
         """
         victims = []
         free = self.budget_bytes - self.used_bytes
+        free_for_mixes = self.mix_bytes - sum(slot.num_bytes for slot in self._slots.values() if slot.is_mix)
         slots = list(self._slots.items())
         if is_mix:
             slots.sort(key=lambda entry: not entry[1].is_mix)  # else in order of last use, still
         for digest, slot in slots:
-            if free >= num_bytes:
+            over_share = is_mix and free_for_mixes < num_bytes
+            if free >= num_bytes and not over_share:
                 break
-            if slot.leases == 0:
+            if slot.leases == 0 and (slot.is_mix or not over_share):
                 victims.append(digest)
                 free += slot.num_bytes
-        return victims if free >= num_bytes else None
+                free_for_mixes += slot.num_bytes * slot.is_mix
+        fits = free >= num_bytes and not (is_mix and free_for_mixes < num_bytes)
+        return victims if fits else None
 
     def add(self, digest: str, num_bytes: int, *, is_mix: bool = False) -> None:
         """Take a slot; the caller has made room."""

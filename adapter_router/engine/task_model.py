@@ -10,29 +10,43 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.head_config import ACTIVATIONS, default_activation
 from adapter_router.engine import describe
 from adapter_router.engine.auto_classes import AUTO_CLASSES, CLASSIFIERS
 from adapter_router.engine.probe import WatchedModules
+from adapter_router.quantization.base import WeightSource, quantize_model
 from adapter_router.types import Activation, TaskKind
 
 _MAX_TEMPLATES = 16
 
 
 class TaskModel:
-    """One task's model. Weights are read-only."""
+    """One task's model. Weights are read-only. ``quantized``: bits of the modules that are, by name."""
 
-    def __init__(self, task: TaskKind, source: str, dtype: str, device: torch.device) -> None:
-        """Read the checkpoint ``source`` as the model for ``task``."""
+    def __init__(
+        self,
+        task: TaskKind,
+        source: str,
+        dtype: str,
+        device: torch.device,
+        packed: WeightSource | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
+        """Read the checkpoint ``source`` as the model for ``task``.
+
+        ``packed``: where quantised weights come from. ``backbone``: already on the device, used in place of the own one
+        if it is of the same class.
+        """
         self.task = task
         self._auto_class: Any = AUTO_CLASSES[task]
         # A question has two answers, start and end, however many labels the checkpoint's own head has.
         options = {"num_labels": 2} if task == "question-answering" else {}
         model, info = self._auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self.dtype: torch.dtype = self.model.dtype
         self.untrained: frozenset[str] = frozenset(info["missing_keys"])
         self.config: PretrainedConfig = self.model.config
         # A cache would be one for all rows: copies of a saved layer would see each other's keys.
@@ -46,8 +60,16 @@ class TaskModel:
         self._lock = threading.Lock()
         # Looked up before the backbone is shared: ties are told by identity.
         self._embedding, self._tied = describe.input_embedding(self.model), describe.tied_modules(self.model)
-        backbone = getattr(self.model, self.model.base_model_prefix, None)
-        self.backbone_path = self.model.base_model_prefix if isinstance(backbone, nn.Module) else ""
+        own = getattr(self.model, self.model.base_model_prefix, None)
+        self.backbone_path: str = self.model.base_model_prefix if isinstance(own, nn.Module) else ""
+        self.full_bytes = _num_bytes(self.model)
+        self.quantized: dict[str, int] = {}
+        shared = backbone is not None and self.share_backbone(backbone)
+        if packed is not None and not shared:  # before it moves: the device need not have room for the whole
+            has_head = task != "embedding"
+            self.quantized = quantize_model(self.model, self.backbone_path, self.untrained, packed, has_head=has_head)
+        self.num_bytes = _num_bytes(self.model)
+        self.model.to(device)
 
     @property
     def backbone(self) -> nn.Module:
@@ -102,7 +124,7 @@ class TaskModel:
         with self._lock:
             head: nn.Module = copy.deepcopy(self._template(num_labels).get_submodule(path))
         device = next(self.model.parameters()).device
-        placed = {name: tensor.to(device, self.model.dtype, copy=True) for name, tensor in parameters.items()}
+        placed = {name: tensor.to(device, self.dtype, copy=True) for name, tensor in parameters.items()}
         head.load_state_dict(placed, strict=True, assign=True)
         self._fill_constants(head, self.model.get_submodule(path))
         left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
@@ -134,6 +156,7 @@ class TaskModel:
             activation=self.activation,
             backbone=self.backbone_path,
             backbone_name=self.model.base_model_prefix,
+            heads=self._heads(own),
             modules=frozenset(path for path, _ in own.named_modules() if path),
             called=watched.called,
             targets=describe.target_specs(own),
@@ -147,6 +170,17 @@ class TaskModel:
             fingerprint=fingerprint,
         )
 
+    def _heads(self, own: PreTrainedModel) -> frozenset[str]:
+        """Children that a model without the task does not have."""
+        if self.task not in (*CLASSIFIERS, "question-answering"):
+            return frozenset()
+        children = {name for name, _ in own.named_children()}
+        if self.backbone_path:
+            return frozenset(children - {self.backbone_path})
+        with torch.device("meta"):
+            bare = AutoModel.from_config(self.config)
+        return frozenset(children - {name for name, _ in bare.named_children()})
+
     def _template(self, num_labels: int) -> PreTrainedModel:
         """The architecture with ``num_labels`` labels, without weights."""
         if self.task not in CLASSIFIERS:
@@ -159,3 +193,8 @@ class TaskModel:
             with torch.device("meta"):
                 self._templates[num_labels] = type(self.model)._from_config(config)
         return self._templates[num_labels]
+
+
+def _num_bytes(model: nn.Module) -> int:
+    """Of all parameters; tied ones count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -21,19 +22,30 @@ TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1
 
 
 class MergedAdapters(BaseModel):
-    """LoRAX's spelling of a mix. Of its strategies only the exact sum is served: the others need ``merge``."""
+    """A mix in LoRAX's shape. ``weights`` are 1 where they are left out.
+
+    ``merge_strategy`` must be said, and must be ours: the exact sum. LoRAX's own default, "linear", adds up factors,
+    which is another model; that and the others are made beforehand, with ``adapter-router merge``.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     ids: Annotated[list[str], Field(min_length=1)]
-    weights: Annotated[list[float], Field(min_length=1)]
-    merge_strategy: Literal["cat"] = "cat"
+    weights: list[float] | None = None
+    merge_strategy: Literal["cat"]
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
-        if len(self.ids) != len(self.weights) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"{len(self.weights)} weights for {len(set(self.ids))} different ids")
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError("ids names an adapter twice")
+        if self.weights is not None and len(self.ids) != len(self.weights):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.ids)} ids")
         return self
+
+    @cached_property
+    def mix(self) -> dict[str, float]:
+        """Weights by name."""
+        return dict(zip(self.ids, self.weights or [1.0] * len(self.ids), strict=True))
 
 
 class AdapterRequest(BaseModel):
@@ -60,7 +72,7 @@ class AdapterRequest(BaseModel):
     def adapter(self) -> str | dict[str, float] | None:
         """As a row names it."""
         if self.merged_adapters:
-            return dict(zip(self.merged_adapters.ids, self.merged_adapters.weights, strict=True))
+            return self.merged_adapters.mix
         return None if self.model == "" else self.model
 
 
@@ -90,12 +102,12 @@ async def answer(router: Router, rows: Sequence[Row]) -> list[RowResult]:
 def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /, **content: Any) -> dict[str, Any]:
     """The whole body of an answer around ``content``: vLLM's fields, and which adapter version said it."""
     tokens = sum(result.num_tokens for result in results)
-    parts = [{"version": version, "weight": weight} for version, weight in results[0].parts]
+    parts = [{"name": name, "version": version, "weight": weight} for name, version, weight in results[0].parts]
     return {
         "id": f"{kind}-{request.request_id or uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": request.model,
+        "model": results[0].adapter if request.merged_adapters else request.model,
         **content,
         "usage": {
             "prompt_tokens": tokens,

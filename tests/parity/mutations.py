@@ -422,7 +422,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     # mixes
     _m("weights ignored", _SUM, "torch.tensor(weight, dtype=torch.float64)", "torch.tensor(1.0).double()", _MIXES),
-    _m("alpha of a part ignored", _SUM, "_own(d, w, gain) * d.scaling", "_own(d, w, gain)", _MIXES),
+    _m("alpha of a part ignored", _SUM, "_before_gain(d, w, gain) * d.scaling", "_before_gain(d, w, gain)", _MIXES),
     _m("a sum's gain multiplied twice", _SUM, "delta.gain.double()) / gain", "delta.gain.double())", _MIXES),
     _m("a sum's gain unweighted", _SUM, "torch.stack([w * (d.gain", "torch.stack([(d.gain", _MIXES),
     _m("biases of a sum unweighted", _SUM, "(d.shift, torch.tensor(w))", "(d.shift, torch.tensor(1.0))", _MIXES),

@@ -24,8 +24,9 @@ from adapter_router.adapters.base_spec import Shape
 from adapter_router.adapters.delta import ModuleDelta
 from adapter_router.adapters.tuners.tuner import Factors, Target, Tuner, Weights
 
-# Initialisations that only choose where training starts.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Initialisations that only choose where training starts; LoftQ's on a base that it rounded first.
+_LOFTQ = "loftq"
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", _LOFTQ)
 # Those that change the base, and can be told from it alone.
 _DERIVED_INITS = ("pissa", "olora")
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
@@ -51,6 +52,11 @@ def takes_from_base(document: Mapping[str, Any]) -> bool:
     return bool(document.get("kasa_config")) or changes_base(document.get("init_lora_weights", True))
 
 
+def rounds_base(document: Mapping[str, Any]) -> bool:
+    """Whether PEFT rounded the base in memory before it trained the adapter, so that no checkpoint holds that base."""
+    return document.get("init_lora_weights") == _LOFTQ
+
+
 def _known_name(init: str) -> str:
     """PEFT takes some names in any case, others as they are."""
     return init.lower() if init.lower() in _ANY_CASE else init
@@ -74,11 +80,6 @@ def _init_problems(document: Mapping[str, Any]) -> list[str]:
     if not isinstance(init, str):
         return [f"init_lora_weights is {init!r:.80}, must be true, false or a name"]
     name = _known_name(init)
-    if name == "loftq":
-        return [
-            "init_lora_weights='loftq' was trained on a quantised base; serve it on that base, or convert the adapter "
-            "to plain LoRA"
-        ]
     known = (*_PLAIN_INITS, *_DERIVED_INITS, *_RECORDED_INITS)
     if name not in known and not _PISSA_NITER.fullmatch(name):
         return [f"init_lora_weights is {init!r:.80}, must be one of {', '.join(known)} or pissa_niter_N"]
