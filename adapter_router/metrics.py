@@ -34,6 +34,7 @@ class EngineMetrics:
         )
         self.load_failures = _counter(self, "adapter_load_failures", "Adapter loads that failed, by code", "code")
         self.evictions = _counter(self, "adapter_evictions", "Adapters evicted to make room")
+        self.base_bytes = _gauge(self, "base_bytes", "Memory held by the base's parameters, quantised as they are")
         self.resident_bytes = _gauge(self, "resident_bytes", "Device memory held by resident adapters")
         self.resident_adapters = _gauge(self, "resident_adapters", "Adapters on the device")
 

@@ -304,6 +304,7 @@ def test_article_4_a_base_is_quantised_layer_by_layer(tiny_bert: TinyBase, tmp_p
         assert "layer.1.attention.self.query" not in bits  # 16 bits
         assert bits["layer.1.intermediate.dense"] == 3 and bits["layer.1.attention.self.value"] == 4
         assert engine.base.num_bytes < 0.7 * engine.base.full_bytes
+        assert engine.metrics.registry.get_sample_value("adapter_router_base_bytes") == engine.base.num_bytes
         engine.load_adapter("a", directory)
         rows = [Row(random_features(np.random.default_rng(seed)), "a") for seed in range(8)]
         mixed = logits_of(engine, rows)

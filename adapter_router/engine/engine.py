@@ -66,6 +66,7 @@ class Engine:
         self._store = ContentStore(Path(config.store_dir or self._scratch or ""), config.adapter_memory_bytes)
         self.base = BaseModel(config)
         self.metrics = EngineMetrics()
+        self.metrics.base_bytes.set(self.base.num_bytes)
         self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
         self._leases = Leases(self._residency, self.metrics)
         self._catalog = Catalog()
