@@ -115,18 +115,18 @@ class Matcher:
         if self._left_s <= _SPENT_S:
             self.problems.setdefault("", f"matching all patterns takes too long: more than {_ADAPTER_LIMIT_S:g} s")
             return None
-        compiled = self._compile(expression, written)
-        if compiled is None or written in self.problems:
-            return None
         start = time.thread_time()
         try:
-            found = compiled.fullmatch(path, timeout=min(_MATCH_LIMIT_S, self._left_s))
+            compiled = self._compile(expression, written)
+            if compiled is None or written in self.problems:
+                return None
+            self._found[expression, path] = compiled.fullmatch(path, timeout=min(_MATCH_LIMIT_S, self._left_s))
         except TimeoutError:
             self.problems[written] = f"pattern {_short(written)} takes too long on {path!r}"
             return None
-        self._left_s = max(1e-6, self._left_s - (time.thread_time() - start))
-        self._found[expression, path] = found
-        return found
+        finally:
+            self._left_s = max(1e-6, self._left_s - (time.thread_time() - start))
+        return self._found[expression, path]
 
     def _compile(self, expression: str, written: str) -> regex.Pattern[str] | None:
         if expression not in self._compiled:
