@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,24 +26,19 @@ from adapter_router.engine.base_files import (
     check_digest,
     device_of,
     fingerprint_of,
-    input_limits,
-    read_tokenizer,
 )
-from adapter_router.engine.images import ImageEncoder
-from adapter_router.engine.inputs import EncodedRow, RowEncoder, TextEncoder
+from adapter_router.engine.inputs import TextEncoder
 from adapter_router.engine.layers import GroupedModule
 from adapter_router.engine.plan import ActivePlan, BatchPlan, Segment
-from adapter_router.engine.probe import Batch, WatchedModules, padding_error, watch_modules, zeros_are_default
+from adapter_router.engine.probe import Batch, WatchedModules, watch_modules
+from adapter_router.engine.row_encoder import row_encoder
 from adapter_router.engine.task_model import TaskModel
+from adapter_router.engine.trials import Trials
 from adapter_router.quantization.base import weight_source
 from adapter_router.quantization.weights import ServedTensors
 from adapter_router.types import TaskKind
 
 logger = logging.getLogger(__name__)
-
-_OPTIONAL = ("token_type_ids",)  # features that a row may leave out
-_SAMPLES = 6
-_TOKENS = 5
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,8 @@ class BaseModel:
                 self.num_bytes,
                 self.full_bytes,
             )
-        self.encoder = self._row_encoder(first)
+        self.encoder = row_encoder(self._source, first, self.device)
+        self._trials = Trials(self._name, self.encoder, self.device, self.dtype)
         has_backbone = bool(first.backbone_path) or first.task == "embedding"
         self._backbone = _whole_backbone(first, lambda: self._read("embedding")) if has_backbone else first.backbone
         if self._packed is not None:
@@ -113,7 +109,8 @@ class BaseModel:
         self._backbone_options = first.options
         self._prepared[first.task] = self._prepare(first)
         if isinstance(self.encoder, TextEncoder):
-            self.encoder.masks_anywhere = self._keeps_masked_rows(first, self.encoder)
+            with self.lock, torch.inference_mode():
+                self.encoder.masks_anywhere = self._trials.keeps_masked_rows(first)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -225,114 +222,22 @@ class BaseModel:
         """Share the backbone, then look at how the model behaves."""
         shared = self._shared is not None and model.share_backbone(self._backbone)
         with self.lock, torch.inference_mode():
-            self._check_padding(model)
-            watched = watch_modules(model.model, self._batch_of, self._run(model))
-            shares = shared and self._replays(model, self._batch_of(_SAMPLES))
-            pads_left = model.task == "text-generation" and self._pads_left(model)
+            self._trials.check_padding(model)
+            watched = watch_modules(model.model, self._trials.batch, self._trials.runner(model))
+            shares = shared and self._replays(model)
+            pads_left = model.task == "text-generation" and self._trials.pads_left(model)
         spec = model.describe(watched, self.fingerprint)
         served = ServedTensors(model.model, dict(model.model.named_parameters(remove_duplicate=False)))
         weights = BaseWeights(served, spec.targets, served.quantized)
         return PreparedTask(model, spec, weights, watched, shares, pads_left)
 
-    def _run(self, model: TaskModel) -> Callable[[Batch], torch.Tensor]:
-        """Runs ``model`` on sample rows."""
-        padding = self.encoder.padding(self.encoder.samples(_SAMPLES, None))
-        return lambda batch: model.run(batch, padding)
-
-    def _batch_of(self, count: int) -> Batch:
-        """Sample rows, padded: a batch without padding would leave masks out."""
-        return self._collate(self.encoder.samples(count, None))
-
-    def _collate(self, rows: Sequence[EncodedRow]) -> Batch:
-        features = self.encoder.collate(rows, self.device)
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in features.items()}
-
-    def _check_padding(self, model: TaskModel) -> None:
-        """Refuse an architecture that cannot be batched exactly."""
-        if getattr(model.config, "attention_type", None) == "block_sparse":
-            raise ValueError(
-                f"base {self._name!r}: its sparse attention depends on the batch's length; set attention_type to "
-                '"original_full" in its config.json'
-            )
-        rows = self.encoder.samples(3, None)
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.2  # half precision alone moves small logits by percents
-        try:
-            run = self._run(model)
-            alone = [run(self._collate([row]))[0].float() for row in rows]
-            together = [raw[: len(one)].float() for raw, one in zip(run(self._collate(rows)), alone, strict=True)]
-        except Exception as failure:
-            raise ValueError(f"base {self._name!r} cannot run a padded batch of rows: {failure}") from failure
-        error = padding_error(alone, together)
-        if not error <= tolerance:
-            raise ValueError(
-                f"base {self._name!r} ({model.config.model_type}): padding moves its logits by {error:.1e} of their "
-                "size, so rows of different length cannot share a batch exactly"
-            )
-
-    def _keeps_masked_rows(self, model: TaskModel, encoder: TextEncoder) -> bool:
-        """Whether a row whose first token is masked answers alike alone and beside longer ones."""
-        short, *longer = encoder.samples(3, None)
-        mask = short.features["attention_mask"].copy()
-        mask[0] = 0
-        masked = replace(short, features={**short.features, "attention_mask": mask})
-        with self.lock, torch.inference_mode():
-            run = self._run(model)
-            alone = run(self._collate([masked]))[0].float()
-            beside = run(self._collate([masked, *longer]))[0].float()[: len(alone)]
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.2
-        return padding_error([alone], [beside]) <= tolerance
-
-    def _replays(self, model: TaskModel, batch: Batch) -> bool:
+    def _replays(self, model: TaskModel) -> bool:
         """Whether the head, given the backbone's output, answers as the whole model does."""
         if model.task == "embedding":
             return True
-        assert self._shared is not None
-        padding = self.encoder.padding(self.encoder.samples(_SAMPLES, None))
+        batch, padding = self._trials.batch(), self._trials.padding
         replayed = self._finish(model, batch, self._backbone(**batch, **self._backbone_options), padding)
         return torch.allclose(replayed.float(), model.run(batch, padding).float(), rtol=1e-4, atol=1e-5)
-
-    def _pads_left(self, model: TaskModel) -> bool:
-        """Whether two steps of generation give the same logits for prompts alone and padded on the left."""
-        encoder = self.encoder
-        assert isinstance(encoder, TextEncoder)
-
-        def steps(rows: Sequence[EncodedRow]) -> torch.Tensor:
-            batch = encoder.collate(rows, self.device, "left")
-            features = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            done = model.model.generate(
-                **features,
-                max_new_tokens=2,
-                min_new_tokens=2,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            return torch.stack(done.logits, dim=1).float()
-
-        rows = encoder.samples(3, None)
-        try:
-            error = padding_error([steps([row])[0] for row in rows], list(steps(rows)))
-        except Exception:
-            logger.info("base %s cannot continue padded prompts: each length runs by itself", self._name, exc_info=True)
-            return False
-        return error <= (1e-3 if self.dtype == torch.float32 else 0.2)
-
-    def _row_encoder(self, first: TaskModel) -> RowEncoder:
-        config = first.config
-        if first.model.main_input_name == "pixel_values":
-            return ImageEncoder(self._source, getattr(config, "vision_config", None) or config)
-        tokenizer = read_tokenizer(self._source)
-        limits = input_limits(first.model, tokenizer)
-        start = config.decoder_start_token_id if config.is_encoder_decoder else None
-        encoder = TextEncoder(tokenizer, limits, start)
-        sample = encoder.collate(encoder.samples(1, _TOKENS), self.device)
-        with torch.inference_mode():
-            kept = tuple(
-                name
-                for name in limits.features
-                if name not in _OPTIONAL or zeros_are_default(lambda batch: first.run(batch, 0), sample, name)
-            )
-        return TextEncoder(tokenizer, replace(limits, features=kept), start)
 
 
 def _is_bare(backbone: nn.Module, config: PretrainedConfig) -> bool:
