@@ -16,27 +16,40 @@ class QuantizationConfig:
     """How many bits a base's linear layers take; 16 leaves a layer as it is.
 
     ``bits_pattern``: expressions for module paths -> bits, instead of ``bits``. An expression matches the end of a path
-    at a dot, and the first that matches decides, as in PEFT's ``rank_pattern``.
+    at a dot, and the first that matches decides, as in PEFT's ``rank_pattern``: two configurations in another order are
+    not equal.
     """
 
     bits: int = 4
     bits_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits_pattern, Mapping):
+            raise ValueError(f"QuantizationConfig: bits_pattern is {self.bits_pattern!r:.80}, must be a mapping")
+        object.__setattr__(self, "bits_pattern", dict(self.bits_pattern))  # nobody else's to change
         known = ", ".join(map(str, QUANTIZATION_BITS))
         widths = {"bits": self.bits, **{f"bits_pattern[{key!r:.80}]": bits for key, bits in self.bits_pattern.items()}}
         problems = [
             f"{name} is {bits!r:.80}, must be one of {known}"
             for name, bits in widths.items()
-            if isinstance(bits, bool) or bits not in QUANTIZATION_BITS
+            if type(bits) is not int or bits not in QUANTIZATION_BITS
         ]
         for key in self.bits_pattern:
             try:
                 re.compile(key)
-            except (re.error, OverflowError, RecursionError) as error:
+            except (re.error, OverflowError, RecursionError, TypeError) as error:
                 problems.append(f"bits_pattern {key!r:.80} is not a regular expression: {error}")
         if problems:
             raise ValueError("QuantizationConfig: " + "; ".join(problems))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantizationConfig) and self._in_order() == other._in_order()
+
+    def __hash__(self) -> int:
+        return hash(self._in_order())
+
+    def _in_order(self) -> tuple[object, ...]:
+        return (self.bits, *self.bits_pattern.items())
 
 
 @dataclass(frozen=True)

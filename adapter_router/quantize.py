@@ -7,6 +7,7 @@ names the base by its fingerprint.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +19,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapter_router.adapters.adapter_config import MAX_RANK
+from adapter_router.adapters.keys import listed
 from adapter_router.catalog.location import resolve
 from adapter_router.config import QuantizationConfig
 from adapter_router.engine.auto_classes import AUTO_CLASSES, served_tasks
 from adapter_router.engine.base_files import device_of, fingerprint_of
 from adapter_router.engine.task_model import TaskModel
-from adapter_router.quantization.base import ByConfig, weight_source
+from adapter_router.quantization.base import DTYPES, ByConfig, weight_source
 from adapter_router.quantization.bits import KEPT_BITS
 from adapter_router.quantization.initial_adapter import INITIAL_ADAPTER, InitialAdapter, untouched_factors
 from adapter_router.quantization.loftq import loftq
@@ -39,7 +42,12 @@ from adapter_router.types import TaskKind
 _CPU = torch.device("cpu")
 _MAX_ITERATIONS = 1000
 # Weights in whatever format: the written ones take their place.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".ot", ".msgpack", ".npz", ".gguf", ".index.json"),
+    *(".onnx", ".onnx_data"),
+)
+# What models compute for themselves, and old checkpoints hold all the same.
+_COMPUTED = ("position_ids", "inv_freq", "masked_bias")
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def quantize(order: Order, progress: Callable[[str], object] = str) -> Report:
         name, task = str(order.out.resolve()), plan.task
         adapter = InitialAdapter(name, fingerprint, task, base.prefix(task), order.rank, transposed, factors)
         adapter.write(scratch / INITIAL_ADAPTER)
+        _readable(scratch)
     return Report(str(order.out), fingerprint, tuple(layers))
 
 
@@ -118,13 +127,24 @@ class _Checkpoint:
         self.source = source
         self.config: PretrainedConfig = AutoConfig.from_pretrained(source)
         self.tasks = served_tasks(self.config)
-        named = [getattr(transformers, name, None) for name in self.config.architectures or []]
-        kind: Any = next((kind for kind in named if kind is not None), AutoModel)
-        model, info = kind.from_pretrained(source, dtype="auto", output_loading_info=True)
-        self.model: PreTrainedModel = model.eval().requires_grad_(False)
-        self._untrained = frozenset(info["missing_keys"])
+        self.model, self._untrained, self.left_over = self._whole()
+        model = self.model
         bare = AutoModel._model_mapping.get(type(self.config), None)
         self.modules = quantizable(model, _backbone_path(model), self._untrained, has_head=type(model) is not bare)
+
+    def _whole(self) -> tuple[PreTrainedModel, frozenset[str], list[str]]:
+        """The checkpoint in the first class that reads all of it; what it lacks there, and what no class reads."""
+        named = [getattr(transformers, name, None) for name in self.config.architectures or []]
+        classes: list[Any] = [kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+        autos = (AutoModelForPreTraining, *(AUTO_CLASSES[task] for task in self.tasks), AutoModel)
+        classes += [auto for auto in autos if type(self.config) in auto._model_mapping]
+        left_over: list[str] = []
+        for kind in classes:
+            model, info = kind.from_pretrained(self.source, dtype="auto", output_loading_info=True)
+            left_over = [name for name in sorted(info["unexpected_keys"]) if not name.endswith(_COMPUTED)]
+            if not left_over:
+                break
+        return model.eval().requires_grad_(False), frozenset(info["missing_keys"]), left_over
 
     def prefix(self, task: TaskKind) -> str:
         """What ``task``'s model calls its backbone; "" where it is nothing else."""
@@ -144,6 +164,12 @@ class _Checkpoint:
         for file in Path(self.source).iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHTS) and not (directory / file.name).exists():
                 shutil.copyfile(file, directory / file.name)
+
+
+def _readable(directory: Path) -> None:
+    """safetensors writes files for their owner alone; let all be as readable as the configuration."""
+    for file in directory.rglob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)
 
 
 def _backbone_path(model: PreTrainedModel) -> str:
@@ -189,10 +215,25 @@ def _plan(order: Order, base: _Checkpoint) -> _Plan:
 
 def _order_problems(order: Order, base: _Checkpoint) -> list[str]:
     problems = []
-    if order.out.exists():
+    if os.path.lexists(order.out):
         problems.append(f"out: {order.out} exists already")
-    if order.rank < 1:
-        problems.append(f"rank is {order.rank}, must be at least 1")
+    if order.out.resolve().is_relative_to(Path(base.source).resolve()):
+        problems.append(f"out: {order.out} lies inside the base, which is only read")
+    if base.left_over:
+        problems.append(f"no class of transformers reads all of this base; left over: {listed(base.left_over)}")
+    if not 1 <= order.rank <= MAX_RANK:
+        problems.append(f"rank is {order.rank}, must be from 1 to {MAX_RANK}")
+    if not 0 <= order.seed < 1 << 63:
+        problems.append(f"seed is {order.seed}, must be from 0 to 2^63 - 1")
+    problems += [
+        f"{path} is {matrix_of(module).dtype}, served are float32, float16 and bfloat16"
+        for path, module in base.modules.items()
+        if matrix_of(module).dtype not in DTYPES
+    ]
+    try:
+        torch.zeros(1, device=device_of(order.device))
+    except (RuntimeError, AssertionError) as error:
+        problems.append(f"device {order.device!r:.80}: {str(error).splitlines()[0]}")
     if not 1 <= order.iterations <= _MAX_ITERATIONS:
         problems.append(f"iterations is {order.iterations}, must be from 1 to {_MAX_ITERATIONS}")
     if order.task is not None and order.task not in base.tasks:

@@ -22,13 +22,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import loftq_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
     GPT2Config,
 )
 
@@ -493,3 +497,68 @@ def test_a_real_tenant_keeps_its_accuracy_beside_others(real_base: Path, tmp_pat
         for result, (_, label) in zip(answers, held_out, strict=True)
     )
     assert abs(good / len(held_out) - at_training) <= 0.01
+
+
+# -- after a review ------------------------------------------------------------------------------------------------
+
+
+def tiny_config() -> BertConfig:
+    return BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100, num_labels=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [(BertForPreTraining, ["BertForMaskedLM"]), (BertForSequenceClassification, None), (BertModel, ["pipeline"])],
+)
+def test_every_trained_weight_is_written(kind: Any, named: list[str] | None, tmp_path: Path) -> None:
+    """Checkpoints hold more than the class that they name reads: bert-base-uncased's pooler, a head of no name."""
+    kind(tiny_config()).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = named
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    quantize(Order(str(tmp_path / "base"), tmp_path / "out", 4, rank=4))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert {name.removeprefix("bert.") for name in before} == {name.removeprefix("bert.") for name in after}
+    mode = (tmp_path / "out" / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").rglob("*.safetensors")} == {mode}
+
+
+def test_weights_that_no_class_reads_are_named(tmp_path: Path) -> None:
+    BertModel(tiny_config()).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({**tensors, "extra.weight": torch.ones(2)}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidOrder, match=r"left over: extra\.weight"):
+        quantize(Order(str(tmp_path / "base"), tmp_path / "out", 4, rank=4))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_order_is_refused_before_any_work(tiny_bert: TinyBase, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_bert.directory, tmp_path / "base")
+    order = Order(str(base), base / "inner", 4, rank=5000, iterations=0, device="bogus", seed=-1)
+    lines: list[str] = []
+    with pytest.raises(InvalidOrder) as refusal:
+        quantize(order, lines.append)
+    for says in ("lies inside the base", "rank is 5000", "iterations is 0", "device 'bogus'", "seed is -1"):
+        assert any(says in problem for problem in refusal.value.problems), refusal.value.problems
+    assert lines == [] and not (base / "inner").exists()
+
+
+def test_options_may_be_repeated_but_not_contradict(
+    tiny_bert: TinyBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(tiny_bert.directory), "--rank", "4", "--json"]
+    twice = ["--bits-pattern", "query=2", "--bits-pattern", "query=8"]
+    assert main([*command, *twice, "--out", str(tmp_path / "a")]) == 1
+    assert "bits-pattern names twice: query" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    both = ["--target-modules", "query", "--target-modules", "value"]
+    assert main([*command, *both, "--out", str(tmp_path / "b")]) == 0
+    config = json.loads((tmp_path / "b" / INITIAL / "adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"query", "value"}
+
+
+def test_a_packed_base_has_one_dtype(tmp_path: Path, tiny_bert: TinyBase) -> None:
+    quantize(Order(str(tiny_bert.directory), tmp_path / "out", 4, rank=4))
+    with pytest.raises(ValueError, match=r"made for torch\.float32: leave dtype at auto, not bfloat16"):
+        Engine(EngineConfig(base=str(tmp_path / "out"), device="cpu", dtype="bfloat16"))

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from scipy.stats import norm
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from adapter_router.config import EngineConfig, QuantizationConfig
 from adapter_router.engine import Engine
 from adapter_router.errors import AdapterRejected
-from adapter_router.quantization import normal_float, schemes
+from adapter_router.quantization import normal_float, schemes, scratch
 from adapter_router.quantization.schemes import pack, unpack
 from adapter_router.quantization.weights import INNER, ServedTensors, attach, quantizable, quantized_modules
 from adapter_router.types import Row, RowResult
@@ -560,3 +561,37 @@ def test_the_real_tenants_on_a_base_of_three_widths() -> None:
         check_alone_mixed_reloaded(engine, rows)
         assert set(engine.base.quantized.values()) == {3, 4, 8}
         assert engine.base.num_bytes < 0.65 * engine.base.full_bytes
+
+
+def test_the_order_of_patterns_is_part_of_a_configuration() -> None:
+    patterns = {"query": 8, r"layer\.0\..*": 2}
+    config = QuantizationConfig(4, patterns)
+    turned = QuantizationConfig(4, dict(reversed(patterns.items())))
+    assert config != turned and config == QuantizationConfig(4, dict(patterns))
+    assert len({EngineConfig(base="b", quantization=q) for q in (config, turned)}) == 2
+    patterns["("] = 5  # the caller's, not the configuration's
+    assert "(" not in config.bits_pattern
+    for wrong in ({"bits": 4.0}, {"bits_pattern": None}, {"bits_pattern": {1: 4}}, {"bits_pattern": {"a": True}}):
+        with pytest.raises(ValueError, match="QuantizationConfig: "):
+            QuantizationConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_room_for_dequantised_weights_is_handed_on(tiny_bert: TinyBase) -> None:
+    """Threads that take turns need one buffer, however many they are."""
+    scratch._idle.clear()
+    config = EngineConfig(base=str(tiny_bert.directory), device="cpu", quantization=QuantizationConfig(8))
+    with Engine(config) as engine:
+        rows = [Row(random_features(np.random.default_rng(0)), None, "embedding")]
+        for _ in range(6):
+            thread = threading.Thread(target=engine.infer, args=(rows,))
+            thread.start()
+            thread.join()
+    assert len(scratch._idle) == 1
+
+
+def test_what_kasa_truncated_has_no_remedy_but_full_precision(tiny_bert: TinyBase, tmp_path: Path) -> None:
+    directory = tiny_bert.adapter(tmp_path / "kasa", 3, 0, kasa_config=KasaConfig())
+    config = EngineConfig(base=str(tiny_bert.directory), device="cpu", quantization=QuantizationConfig(8))
+    with Engine(config) as engine, pytest.raises(AdapterRejected) as refusal:
+        engine.load_adapter("kasa", directory)
+    assert "leave the module at 16 bits" in str(refusal.value) and "initial/" not in str(refusal.value)

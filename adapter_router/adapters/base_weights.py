@@ -15,6 +15,10 @@ from adapter_router.adapters.base_spec import TargetSpec
 from adapter_router.adapters.tuners.tuner import Factors
 
 _KEPT = 32  # vectors kept of each factorisation, at least
+_GIVE_INITIAL = (
+    "put the adapter as it was before training into initial/, convert it with PEFT's "
+    "save_pretrained(path_initial_model_for_weight_conversion=...), or "
+)
 _FLOAT32 = 6e-8  # rounding of the float32 factorisation that the adapter was trained with
 
 
@@ -70,15 +74,17 @@ class BaseWeights:
 
     def largest(self, path: str, rank: int) -> Factors:
         """PiSSA's principal part. Raises ValueError when the spectrum has no gap there."""
+        self._check_pristine(path, _GIVE_INITIAL)
         return self._component(path, rank, largest=True)
 
     def smallest(self, path: str, rank: int) -> Factors:
         """What KaSA's truncation drops."""
+        self._check_pristine(path, "")
         return self._component(path, rank, largest=False)
 
     def column_basis(self, path: str, rank: int) -> Factors:
         """OLoRA's part: QR of the first columns is the QR of the whole, cut."""
-        self._check_pristine(path)
+        self._check_pristine(path, _GIVE_INITIAL)
         if self._targets[path].transposed:
             raise ValueError(f"OLoRA on {path}: PEFT's factors of a transposed layer do not fit it")
         if path not in self._bases or self._bases[path].shape[1] < rank:
@@ -87,17 +93,15 @@ class BaseWeights:
         basis = self._bases[path][:, :rank]
         return Factors((basis.t() @ self.weight(path).double()).float(), basis.float())
 
-    def _check_pristine(self, path: str) -> None:
+    def _check_pristine(self, path: str, remedy: str) -> None:
         """What training took out of a full-precision weight is no part of the rounded one."""
         if path in self._quantized:
             raise ValueError(
                 f"{path} is quantised on this base: what training took out of the full-precision weight cannot be told "
-                "from it; put the adapter as it was before training into initial/, convert it with PEFT's "
-                "save_pretrained(path_initial_model_for_weight_conversion=...), or leave the module at 16 bits"
+                f"from it; {remedy}leave the module at 16 bits"
             )
 
     def _component(self, path: str, rank: int, largest: bool) -> Factors:
-        self._check_pristine(path)
         weight = self.weight(path).double()
         spectrum = self._spectrum(path, weight, rank, largest)
         vectors = spectrum.vectors[:, -rank:] if largest else spectrum.vectors[:, :rank]

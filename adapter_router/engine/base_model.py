@@ -77,7 +77,7 @@ class BaseModel:
         check_digest(self._source, config.base_sha256)
         checkpoint = AutoConfig.from_pretrained(self._source)
         self.tasks = served_tasks(checkpoint)
-        self._packed = weight_source(self._source, checkpoint, self.device, config.quantization)
+        self._packed = weight_source(self._source, checkpoint, self.device, config.quantization, config.dtype)
         self._active = ActivePlan()
         self._grouped: dict[nn.Module, GroupedModule] = {}
         self._prepared: dict[TaskKind, PreparedTask] = {}

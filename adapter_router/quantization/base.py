@@ -15,7 +15,7 @@ from adapter_router.quantization.packed_file import FILE, PackedFile
 from adapter_router.quantization.schemes import Packed, pack
 from adapter_router.quantization.weights import attach, matrix_of, quantizable
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -83,7 +83,7 @@ class ByFile:
 
 
 def weight_source(
-    source: str, base: PretrainedConfig, device: torch.device, config: QuantizationConfig | None
+    source: str, base: PretrainedConfig, device: torch.device, config: QuantizationConfig | None, dtype: str = "auto"
 ) -> WeightSource | None:
     """Where the packed weights of the base in ``source`` come from; None for a base that is not to be quantised.
 
@@ -97,6 +97,8 @@ def weight_source(
         problems.append(f"runs on {' and '.join(_DEVICES)}, not on {device.type}")
     if getattr(base, "quantization_config", None):
         problems.append("the checkpoint is quantised already, in a format of its own")
+    if file.is_file() and dtype != "auto" and base.dtype not in (None, getattr(torch, dtype)):
+        problems.append(f"the base is quantised, and made for {base.dtype}: leave dtype at auto, not {dtype}")
     if config is not None and file.is_file():
         problems.append(f"the base is quantised already: leave it out, {FILE} says how")
     if problems:
@@ -117,7 +119,7 @@ def quantize_model(
     bits = {path: width for path, width in source.choose(names).items() if width != KEPT_BITS}
     for path, width in bits.items():
         weight = matrix_of(modules[path])
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in DTYPES:
             raise ValueError(f"quantization: {names[path]} is {weight.dtype}, served are float32, float16 and bfloat16")
         attach(modules[path], source.packed(path, weight, width))
     return {names[path]: width for path, width in bits.items()}

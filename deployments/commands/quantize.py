@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from adapter_router.types import TASK_KINDS
@@ -27,7 +28,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--target-modules", nargs="+", default=[], metavar="NAME", help="default: all linear layers")
+    parser.add_argument(
+        "--target-modules", nargs="+", action="extend", default=[], metavar="NAME", help="default: all linear layers"
+    )
     parser.add_argument("--task", choices=TASK_KINDS, help="whose model PEFT will train (default: the base's own)")
     parser.add_argument("--device", default="auto", help="for the decompositions")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,11 +42,16 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(args: argparse.Namespace) -> int:
     """Exit status 0: written; 1: nothing is, every reason is said; 2: the base cannot be had."""
     import transformers  # noqa: PLC0415 - only commands on weights need torch in this process
+    from safetensors import SafetensorError  # noqa: PLC0415
 
     from adapter_router.quantize import InvalidOrder, Order, quantize  # noqa: PLC0415
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    twice = [key for key, count in Counter(key for key, _ in args.bits_pattern).items() if count > 1]
+    if twice:
+        print(f"REFUSED {args.base}\n  - bits-pattern names twice: {', '.join(twice)}", file=sys.stderr)
+        return 1
     order = Order(
         base=args.base,
         out=args.out,
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     except InvalidOrder as refusal:
         print(f"REFUSED {args.base}", *(f"  - {problem}" for problem in refusal.problems), sep="\n", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         print(f"base {args.base}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report.document(), indent=2) if args.json else "\n".join(report.lines()))
