@@ -44,6 +44,7 @@ BERT, ROBERTA, VIT = (
 )
 GPT2, LLAMA, TIED = ("gpt2", "text-generation", 1), ("llama", "text-generation", 1), ("llama", "text-generation", 0)
 MIXTRAL, GEMMA = ("mixtral", "text-generation", 1), ("gemma3", "text-generation", 1)
+_MIXED_NORMS = case(*BERT, "mixes", "save-norm", "plain", "rslora")
 _MIXES, _MIXED_EXPERTS = case(*BERT, "mixes"), case(*MIXTRAL, "mixes", "experts-one", "experts-both", "plain")
 
 
@@ -426,8 +427,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     _m("a sum's gain multiplied twice", _SUM, "delta.gain.double()) / gain", "delta.gain.double())", _MIXES),
     _m("a sum's gain unweighted", _SUM, "torch.stack([w * (d.gain", "torch.stack([(d.gain", _MIXES),
     _m("biases of a sum unweighted", _SUM, "(d.shift, torch.tensor(w))", "(d.shift, torch.tensor(1.0))", _MIXES),
-    _m("saved norms unweighted", _SUM, "sum(weight * (module[name]", "sum((module[name]", _MIXES),
-    _m("saved norms of the head's alone", _SUM, "if not spec.is_head(path):", "if False:", _MIXES),
+    _m("saved norms unweighted", _SUM, "sum(weight * (module[name]", "sum((module[name]", _MIXED_NORMS),
+    _m("saved norms of the head's alone", _SUM, "if not spec.is_head(path):", "if False:", _MIXED_NORMS),
     _m("somebody else's head", _SUM, "parts[head].delta.saved", "parts[0].delta.saved", _MIXES),
     _m("experts of a sum unweighted", _SUM, "(delta.scaling * weight)", "delta.scaling", _MIXED_EXPERTS),
 )
