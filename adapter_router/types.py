@@ -237,11 +237,6 @@ class AdapterVersion:
     num_bytes: int = 0
     parts: tuple[MixPart, ...] = ()
 
-    @property
-    def head(self) -> AdapterVersion | None:
-        """Of a mix: the part whose saved modules answer."""
-        return next((part.version for part in self.parts if part.is_head), None)
-
 
 @dataclass(frozen=True)
 class MixPart:

@@ -9,6 +9,8 @@ from typing import Any
 from adapter_router.quantization.bits import KEPT_BITS
 from adapter_router.quantization.initial_adapter import INITIAL_ADAPTER
 
+_ADVICE = "try fewer iterations or more bits"
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -45,13 +47,15 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people."""
-        document = self.document()
-        worse = f"warning: {len(self.worse)} layers would be nearer without LoftQ, e.g. " + "".join(self.worse[:1])
+        document, worse = self.document(), self.worse
         return [
             f"written {self.directory}: {len(self.layers)} linear layers, {document['bytes_after']} bytes instead of "
             f"{document['bytes_before']}",
             f"train {document['initial_adapter']} on it; fingerprint {self.fingerprint}",
-            *([f"{worse}: try fewer iterations or more bits"] if self.worse else []),
+            *(
+                f"warning: {len(worse)} layers would be nearer without LoftQ, e.g. {name}: {_ADVICE}"
+                for name in worse[:1]
+            ),
         ]
 
     def document(self) -> dict[str, Any]:
