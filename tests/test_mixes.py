@@ -167,6 +167,19 @@ def test_a_refused_mix_is_read_once(engine: Engine, tiny_bert: TinyBase, tmp_pat
     assert reads.call_count == 3  # the mix and its two parts
 
 
+def test_a_refusal_names_nobody_elses_adapters(
+    engine: Engine, tiny_bert: TinyBase, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same content under two names makes one version, but not one message."""
+    fields: dict[str, Any] = {"modules_to_save": ["attention"], "target_modules": ["intermediate.dense"]}
+    engine.load_adapter("whole", tiny_bert.adapter(tmp_path / "whole", 2, 9, **fields))
+    engine.load_adapter("other", adapters["a"])
+    for name in ("a", "other"):
+        error = refused(engine, {"whole": 0.5, name: 0.5}, "whole")
+        assert isinstance(error, AdapterRejected)
+        assert all(problem.startswith(f"{name} changes ") for problem in error.problems), error.problems
+
+
 def test_a_mix_is_told_which_part_is_gone(engine: Engine, tmp_path: Path) -> None:
     mix = answer(engine, {"a": 0.5, "b": 0.25}, "a")
     version = engine._catalog.find("b")

@@ -49,7 +49,8 @@ class Residency:
         self._slots = SlotTable(budget_bytes)
         self._resident: dict[str, ResidentAdapter] = {}
         self._tasks: dict[str, TaskKind] = {}
-        self._refused: dict[str, tuple[str, ...]] = {}  # problems of mixes, oldest first
+        # Problems of mixes by version and name, oldest first: they name the parts, which others call otherwise.
+        self._refused: dict[tuple[str, str], tuple[str, ...]] = {}
         self._loading: dict[str, Future[None]] = {}
         self._tickets: defaultdict[str, list[_Ticket]] = defaultdict(list)
         self._changed = threading.Condition()
@@ -148,13 +149,14 @@ class Residency:
         """A mix is only read where its parts fit, and is refused at once when it was before: no part of it changes."""
         if not version.parts:
             return self._reader.read_version(version)
-        if version.digest in self._refused:
-            raise AdapterRejected.because(self._refused[version.digest])
+        key = (version.digest, version.adapter)
+        if key in self._refused:
+            raise AdapterRejected.because(self._refused[key])
         try:
             self._check_size(version.num_bytes, is_mix=True)
             return self._reader.read_version(version)
         except AdapterRejected as error:
-            self._refused[version.digest] = error.problems
+            self._refused[key] = error.problems
             while len(self._refused) > _MOST_REFUSED:
                 self._refused.pop(next(iter(self._refused)))
             raise
