@@ -7,9 +7,10 @@
     ├── AdapterNotFound           404  no adapter or base of that name
     ├── TaskMismatch              422  the adapter serves another task than the one asked for
     ├── AdapterRejected           422  the adapter cannot be served exactly; ``problems`` lists every reason
+    ├── AdapterFailed             424  a registered adapter cannot be had or served; ``problems`` repeat the reasons
     ├── InternalError             500  our fault; nothing about it is the caller's
     ├── Overloaded                503  the queue is full
-    ├── AdapterUnavailable        503  a registered adapter could not be read just now
+    ├── AdapterUnavailable        503  a registered adapter could not be fetched or read just now
     └── ReplicaLost               503  the replica died, and so did the one that took over
 
 Errors travel between processes (Ray pickles them) and stand in the place of a failed row's result, so a
@@ -100,6 +101,12 @@ class AdapterRejected(AdapterRouterError):
         listed = "\n".join(f"  - {problem}" for problem in tidied)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         return cls(f"adapter refused ({count}):\n{listed}", None, tuple(tidied))
+
+
+class AdapterFailed(AdapterRouterError):
+    code = "adapter_failed"
+    type = "FailedDependencyError"
+    status = 424
 
 
 class InternalError(AdapterRouterError):

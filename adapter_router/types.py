@@ -66,7 +66,8 @@ class Row:
 
     ``adapter``: a name; names and weights of a mix, ``{"a": 0.7, "b": -0.3}``; None for the bare base. ``head`` names
     the adapter of a mix whose saved modules (classifier…), labels and settings answer; only needed where more than one
-    could. ``task`` is only needed where it cannot be inferred.
+    could. ``task`` is only needed where it cannot be inferred. ``sticky_key``: rows with the same one get the same
+    version of an adapter whose traffic is split between several; without it every row is a draw of its own.
     ``parameters``, each for the tasks it concerns:
 
     - texts: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of refusing it
@@ -84,6 +85,7 @@ class Row:
     task: TaskKind | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     head: str | None = None
+    sticky_key: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what could not even be looked at; values are checked where the row is encoded."""
@@ -92,6 +94,7 @@ class Row:
             ("adapter", (str, Mapping, NoneType)),
             ("parameters", (Mapping,)),
             ("head", (str, NoneType)),
+            ("sticky_key", (str, NoneType)),
         )
         for name, allowed in kinds:
             if not isinstance(getattr(self, name), allowed):
@@ -218,12 +221,29 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where an adapter's files come from.
+
+    ``uri``: ``file://``, ``hf://``, ``s3://``, ``gs://``, ``az://``, ``https://``, a plain path or ``package:…``.
+    ``revision``: branch, tag or commit where the place has them. ``sha256``: what must be found there: a version's
+    digest (``sha256:…``), or 64 hexadecimal digits of ``adapter_model.safetensors`` alone. ``secret_ref``: the name of
+    the credentials to use, never the credentials.
+    """
+
+    uri: str
+    revision: str | None = None
+    sha256: str | None = None
+    secret_ref: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterVersion:
     """One immutable version of one adapter: all that a replica needs to read and serve it.
 
-    ``digest`` is the content hash of ``directory``, a private copy that nobody else writes. A mix has ``parts`` and no
-    directory; its digest follows from theirs, the weights and the head. ``brings_head``: the task's
-    head is its own, not the base's. ``num_bytes``: what it holds on a device, at most.
+    ``digest`` is the content hash of its files, of which ``directory`` was a private copy on the node that admitted it;
+    a node without one fetches them from ``source``. A mix has ``parts`` and no directory; its digest follows from
+    theirs, the weights and the head. ``brings_head``: the task's head is its own, not the base's. ``num_bytes``: what
+    it holds on a device, at most. ``base``: fingerprint of the base it was checked against.
     """
 
     adapter: str
@@ -236,6 +256,8 @@ class AdapterVersion:
     brings_head: bool = False
     num_bytes: int = 0
     parts: tuple[MixPart, ...] = ()
+    source: Source | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True)
