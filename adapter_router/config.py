@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class EngineConfig:
     ``dtype``: of the base; ``auto`` keeps the checkpoint's own, which is also what lets CPU replicas on one node
     share the weights' memory pages. LoRA is computed in float32 whatever the base's dtype.
     ``adapter_memory_bytes``: device memory for resident adapters; each costs its own bytes.
+    ``host_memory_bytes``: host memory for adapters that are ready but not on the device; 0 keeps none.
+    ``loader_threads``: cold adapters that are checked and converted at once.
     ``store_dir``: where private copies of adapters live; None is a temporary directory, removed on ``close``.
     ``quantization``: of the base's linear layers as it is read; None serves the checkpoint as it is.
     """
@@ -71,6 +73,8 @@ class EngineConfig:
     dtype: str = "auto"
     base_sha256: str | None = None
     adapter_memory_bytes: int = 1 << 30
+    host_memory_bytes: int = 1 << 30
+    loader_threads: int = 2
     max_batch_rows: int = 64
     num_threads: int | None = None
     store_dir: Path | None = None
@@ -82,9 +86,14 @@ class EngineConfig:
             problems.append("base is empty")
         if self.dtype not in _DTYPES:
             problems.append(f"dtype {self.dtype!r} is none of {', '.join(_DTYPES)}")
-        for name in ("adapter_memory_bytes", "max_batch_rows"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, low in (
+            ("adapter_memory_bytes", 1),
+            ("host_memory_bytes", 0),
+            ("loader_threads", 1),
+            ("max_batch_rows", 1),
+        ):
+            if getattr(self, name) < low:
+                problems.append(f"{name} is {getattr(self, name)}, must be at least {low}")
         if self.num_threads is not None and self.num_threads < 1:
             problems.append(f"num_threads is {self.num_threads}, must be at least 1")
         if problems:
@@ -123,3 +132,56 @@ class RoutingConfig:
         ]
         if problems:
             raise ValueError("RoutingConfig: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where adapters may be fetched from, and how patiently.
+
+    ``allowed``: prefixes of addresses, compared part by part; an adapter that lies below none of them is refused.
+    ``/srv/adapters`` and ``file:///srv/adapters`` mean the same. A host may have private addresses only where a prefix
+    names it; ``http://`` is refused unless listed. ``timeout_s``: for all of one adapter's files. ``idle_timeout_s``: for
+    a connection, and between two parts of an answer. ``attempts``: how often in a row an address may fail without
+    sending anything; the pauses between them begin at ``backoff_s`` and double. ``secrets_dir``: credentials by name, a
+    file or a directory of files each.
+    """
+
+    allowed: Sequence[str] = ("file://", "package:", "hf://", "s3://", "gs://", "az://", "https://")
+    timeout_s: float = 600.0
+    idle_timeout_s: float = 20.0
+    attempts: int = 4
+    backoff_s: float = 0.5
+    secrets_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.allowed, str) or not all(isinstance(prefix, str) for prefix in self.allowed):
+            problems.append(f"allowed is {self.allowed!r:.80}, must be a list of prefixes")
+        else:
+            object.__setattr__(self, "allowed", tuple(self.allowed))  # nobody else's to change
+        for name in ("timeout_s", "idle_timeout_s", "attempts", "backoff_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                problems.append(f"{name} is {value}, must be more than 0")
+        if problems:
+            raise ValueError("SourceConfig: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """What is registered, and where a node keeps its copies.
+
+    ``url``: ``sqlite:///…`` or ``postgresql+psycopg://…``; None is a file of the application's own in ``store_dir``.
+    ``store_bytes``: what the copies may take on disk, None for no limit. ``manifest``: a file that declares adapters.
+    """
+
+    store_dir: Path
+    url: str | None = None
+    store_bytes: int | None = None
+    max_adapter_bytes: int = 1 << 40
+    sources: SourceConfig = field(default_factory=lambda: SourceConfig())
+    manifest: Path | None = None
+
+    def url_of(self, application: str) -> str:
+        """Where the catalog of ``application`` is."""
+        return self.url or f"sqlite:///{(self.store_dir / 'catalogs' / application).absolute()}.db"

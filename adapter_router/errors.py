@@ -2,7 +2,8 @@
 
     AdapterRouterError
     ├── InvalidRequest            400  the request or one row of it is malformed
-    │   └── InputTooLong          400  more tokens than the base model takes
+    │   ├── InputTooLong          400  more tokens than the base model takes
+    │   └── AdapterConflict       409  what shall be changed is not what it was any more
     ├── AdapterExists             400  the name is registered already
     ├── AdapterNotFound           404  no adapter or base of that name
     ├── TaskMismatch              422  the adapter serves another task than the one asked for
@@ -11,6 +12,7 @@
     ├── InternalError             500  our fault; nothing about it is the caller's
     ├── Overloaded                503  the queue is full
     ├── AdapterUnavailable        503  a registered adapter could not be fetched or read just now
+    ├── CatalogUnavailable        503  the catalog's database does not answer
     └── ReplicaLost               503  the replica died, and so did the one that took over
 
 Errors travel between processes (Ray pickles them) and stand in the place of a failed row's result, so a
@@ -65,6 +67,12 @@ class InvalidRequest(AdapterRouterError):
 
 class InputTooLong(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class AdapterConflict(InvalidRequest):
+    code = "conflict"
+    type = "ConflictError"
+    status = 409
 
 
 class AdapterExists(AdapterRouterError):
@@ -122,6 +130,13 @@ class Overloaded(AdapterRouterError):
 
 class AdapterUnavailable(AdapterRouterError):
     code = "adapter_unavailable"
+    type = "ServiceUnavailableError"
+    status = 503
+    retryable = True
+
+
+class CatalogUnavailable(AdapterRouterError):
+    code = "catalog_unavailable"
     type = "ServiceUnavailableError"
     status = 503
     retryable = True

@@ -26,20 +26,24 @@ class EngineMetrics:
         self.forward_rows = _histogram(self, "forward_rows", "Rows in a forward pass", _ROW_BUCKETS)
         self.forward_adapters = _histogram(self, "forward_adapters", "Adapters in a forward pass", _ROW_BUCKETS)
         self.forward_seconds = _histogram(self, "forward_seconds", "Time of a forward pass", _SECONDS_BUCKETS)
-        self.hits = _counter(self, "cache_hits", "Rows whose adapter was resident when they arrived")
+        self.hits = _counter(self, "cache_hits", "Rows whose adapter was in memory when they arrived")
         self.misses = _counter(self, "cache_misses", "Rows that waited for their adapter")
-        self.loads = _counter(self, "adapter_loads", "Adapters installed on the device")
+        self.loads = _counter(self, "adapter_loads", "Adapters read, checked and converted")
         self.load_seconds = _histogram(
-            self, "adapter_load_seconds", "Time to read, check and install", _SECONDS_BUCKETS
+            self, "adapter_load_seconds", "Time to fetch, read, check and convert", _SECONDS_BUCKETS
         )
         self.load_failures = _counter(self, "adapter_load_failures", "Adapter loads that failed, by code", "code")
-        self.evictions = _counter(self, "adapter_evictions", "Adapters evicted to make room")
+        self.promotions = _counter(self, "adapter_promotions", "Adapters brought to the device from host memory")
+        self.evictions = _counter(self, "adapter_evictions", "Adapters evicted from the device to make room")
         self.base_bytes = _gauge(self, "base_bytes", "Memory held by the base's parameters, quantised as they are")
         self.resident_bytes = _gauge(self, "resident_bytes", "Device memory held by resident adapters")
         self.resident_adapters = _gauge(self, "resident_adapters", "Adapters on the device")
+        self.pinned_bytes = _gauge(self, "pinned_bytes", "Device memory held by pinned adapters")
+        self.host_bytes = _gauge(self, "host_bytes", "Host memory held by adapters that are not on the device")
+        self.host_adapters = _gauge(self, "host_adapters", "Adapters in host memory that are not on the device")
 
     def loaded(self, seconds: float) -> None:
-        """One adapter was installed."""
+        """One adapter was loaded."""
         self.loads.inc()
         self.load_seconds.observe(seconds)
 
@@ -47,10 +51,16 @@ class EngineMetrics:
         """One load failed."""
         self.load_failures.labels(error.code).inc()
 
-    def resident(self, num_bytes: int, num_adapters: int) -> None:
-        """Residency as it is now."""
+    def resident(self, num_bytes: int, num_adapters: int, pinned_bytes: int) -> None:
+        """What is on the device now."""
         self.resident_bytes.set(num_bytes)
         self.resident_adapters.set(num_adapters)
+        self.pinned_bytes.set(pinned_bytes)
+
+    def host(self, num_bytes: int, num_adapters: int) -> None:
+        """What is in host memory only."""
+        self.host_bytes.set(num_bytes)
+        self.host_adapters.set(num_adapters)
 
 
 class RouterMetrics:
@@ -67,7 +77,7 @@ class RouterMetrics:
         self.queue_seconds = _histogram(self, "queue_seconds", "Time a row waited for its batch", _SECONDS_BUCKETS)
         self.row_seconds = _histogram(self, "row_seconds", "Time from a row's arrival to its answer", _SECONDS_BUCKETS)
         self.errors = _counter(self, "row_errors", "Rows answered with an error, by code", "code")
-        self.queued = _gauge(self, "queued_rows", "Rows waiting for a batch")
+        self.queued = _gauge(self, "queued_rows", "Rows waiting for a batch")  # its owner says how many
         self._adapter_rows = _counter(
             self, "adapter_rows", "Rows by adapter; the busiest have their own series", "adapter"
         )

@@ -192,15 +192,52 @@ RowOutcome = RowResult | AdapterRouterError
 
 
 @dataclass(frozen=True)
+class ResidencyChange:
+    """News of what a replica holds, by digest, up to its own ``revision``.
+
+    Every digest that came or went since the revision asked for is ``added`` if it is there now, else ``removed``; one
+    that came and went as well: a later reply may have been heard before. ``complete``: ``added`` is all that it holds.
+    """
+
+    revision: int
+    added: frozenset[str] = frozenset()
+    removed: frozenset[str] = frozenset()
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class HeldAdapter:
+    """An adapter in a replica's memory. ``idle_s``: seconds since rows last used it; ``leases``: batches that do now."""
+
+    digest: str
+    tier: Literal["device", "host"]
+    num_bytes: int
+    pinned: bool
+    leases: int
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of a replica's memory for adapters is taken, in bytes."""
+
+    device_bytes: int
+    device_used: int
+    host_bytes: int
+    host_used: int
+    pinned: int
+
+
+@dataclass(frozen=True)
 class ShardReply:
-    """A replica's answer to one shard: outcomes in the shard's order, and what ``replica`` holds now.
+    """A replica's answer to one shard: outcomes in the shard's order, and what has changed in ``replica`` since.
 
     ``load_s``: mean time the replica needs to load an adapter.
     """
 
     replica: str
     outcomes: list[RowOutcome]
-    resident: frozenset[str]
+    residency: ResidencyChange
     load_s: float
 
 

@@ -3,16 +3,18 @@
 # No postponed annotations in this module: Serve reads the type of build's argument from its signature.
 import os
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from adapter_router.config import EngineConfig, QuantizationConfig, RoutingConfig
-from adapter_router.types import TaskKind
+from adapter_router.catalog.records import AdapterSpec
+from adapter_router.config import CatalogConfig, EngineConfig, QuantizationConfig, RoutingConfig, SourceConfig
+from adapter_router.types import Source, TaskKind
 from deployments.api import build_http
 from deployments.replica import MAX_CALLS, Replica
-from deployments.router import AdapterSource, Router
+from deployments.router import Router
 
 APP_NAME = "adapter-router"
 
@@ -22,12 +24,21 @@ class _Strict(BaseModel):
 
 
 class AdapterArgs(_Strict):
-    """An adapter to serve from the start."""
+    """An adapter to serve from the start; ``path`` is a directory or a URI."""
 
     name: str
     path: str
+    base: str | None = None
     task: TaskKind | None = None
     labels: tuple[str, ...] | None = None
+    pinned: bool = False
+    preload: bool = False
+
+    def spec(self) -> AdapterSpec:
+        """As the catalog knows it."""
+        return AdapterSpec(
+            self.name, Source(self.path), self.base, self.task, self.labels, pinned=self.pinned, preload=self.preload
+        )
 
 
 class RoutingArgs(_Strict):
@@ -48,11 +59,11 @@ class QuantizationArgs(_Strict):
     bits_pattern: dict[str, int] = {}
 
 
-class AppArgs(_Strict):
-    """Arguments of one application. Engine fields are those of ``EngineConfig``.
+class BaseArgs(_Strict):
+    """One base model and its replicas. Engine fields are those of ``EngineConfig``.
 
     ``num_cpus`` and ``num_gpus`` are what Ray reserves for each replica; ``num_gpus`` may be a fraction.
-    ``store_dir`` holds the private copies of adapters and must be visible to all replicas.
+    ``autoscaling`` is Ray Serve's ``autoscaling_config`` (``min_replicas``, ``max_replicas``…), not ``replicas``.
     """
 
     base: str
@@ -60,52 +71,103 @@ class AppArgs(_Strict):
     device: str = "auto"
     dtype: str = "auto"
     adapter_memory_bytes: int = EngineConfig.adapter_memory_bytes
+    host_memory_bytes: int = EngineConfig.host_memory_bytes
+    loader_threads: int = EngineConfig.loader_threads
     num_threads: int | None = None
-    store_dir: str = Field(default_factory=lambda: str(_default_store()))
-    replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
+    replicas: Annotated[int, Field(ge=1)] = 1
+    autoscaling: dict[str, Any] | None = None
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
     quantization: QuantizationArgs | None = None
+
+    def engine(self, max_batch_rows: int, store_dir: Path) -> EngineConfig:
+        """Of each of its replicas."""
+        return EngineConfig(
+            base=self.base,
+            base_sha256=self.base_sha256,
+            device=self.device,
+            dtype=self.dtype,
+            adapter_memory_bytes=self.adapter_memory_bytes,
+            host_memory_bytes=self.host_memory_bytes,
+            loader_threads=self.loader_threads,
+            num_threads=self.num_threads,
+            max_batch_rows=max_batch_rows,
+            store_dir=store_dir,
+            quantization=QuantizationConfig(**self.quantization.model_dump()) if self.quantization else None,
+        )
+
+
+class SourceArgs(_Strict):
+    """Fields and defaults of ``SourceConfig``."""
+
+    allowed: tuple[str, ...] = tuple(SourceConfig.allowed)
+    timeout_s: float = SourceConfig.timeout_s
+    idle_timeout_s: float = SourceConfig.idle_timeout_s
+    attempts: int = SourceConfig.attempts
+    backoff_s: float = SourceConfig.backoff_s
+    secrets_dir: Path | None = None
+
+
+class AppArgs(BaseArgs):
+    """Arguments of one application: its first base, and what all bases share.
+
+    ``catalog``: the database's URL, ``sqlite:///…`` or ``postgresql+psycopg://…`` (which several routers on several
+    nodes can share); by default a file in ``store_dir``. ``store_dir`` holds each node's private copies of adapters, at
+    most ``store_bytes`` of them. ``adapters`` and the file ``manifest`` together declare what shall be served.
+    """
+
+    more_bases: list[BaseArgs] = []
+    catalog: str | None = None
+    store_dir: str = Field(default_factory=lambda: str(_default_store()))
+    store_bytes: PositiveInt | None = None
+    sources: SourceArgs = SourceArgs()
     adapters: list[AdapterArgs] = []
+    manifest: str | None = None
+    routers: PositiveInt = 1
     routing: RoutingArgs = RoutingArgs()
 
 
 def build(args: AppArgs) -> serve.Application:
-    """The application: a router with HTTP in front of ``args.replicas`` replicas."""
-    engine = EngineConfig(
-        base=args.base,
-        base_sha256=args.base_sha256,
-        device=args.device,
-        dtype=args.dtype,
-        adapter_memory_bytes=args.adapter_memory_bytes,
-        num_threads=args.num_threads,
-        max_batch_rows=args.routing.max_batch_rows,
+    """The application: routers with HTTP in front of replicas of every base."""
+    catalog = CatalogConfig(
+        url=args.catalog,
         store_dir=Path(args.store_dir),
-        quantization=QuantizationConfig(**args.quantization.model_dump()) if args.quantization else None,
+        store_bytes=args.store_bytes,
+        sources=SourceConfig(**args.sources.model_dump()),
+        manifest=Path(args.manifest) if args.manifest else None,
     )
-    replicas = serve.deployment(
+    router = serve.deployment(
+        serve.ingress(build_http)(Router),
+        name="router",
+        num_replicas=args.routers,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    replicas = [_replicas(base, number, args, catalog) for number, base in enumerate([args, *args.more_bases])]
+    routing = RoutingConfig(**args.routing.model_dump())
+    return router.bind(replicas, routing, catalog, [adapter.spec() for adapter in args.adapters])
+
+
+def _replicas(base: BaseArgs, number: int, args: AppArgs, catalog: CatalogConfig) -> serve.Application:
+    """Replicas of one base; the first base's deployment has no number."""
+    scale: dict[str, Any] = {"num_replicas": base.replicas}
+    if base.autoscaling is not None:
+        scale = {"autoscaling_config": base.autoscaling}
+    deployment = serve.deployment(
         Replica,
-        name="replica",
-        num_replicas=args.replicas,
+        name=f"replica-{number}" if number else "replica",
         max_ongoing_requests=MAX_CALLS,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={"num_cpus": base.num_cpus, "num_gpus": base.num_gpus},
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.request_router:PinnedRequestRouter"
         ),
         health_check_period_s=1.0,
         health_check_timeout_s=90.0,  # a check waits for the forward that is running
         graceful_shutdown_wait_loop_s=0.1,
+        **scale,
     )
-    router = serve.deployment(
-        serve.ingress(build_http)(Router),
-        name="router",
-        max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_wait_loop_s=0.1,
-    )
-    adapters = [AdapterSource(a.name, a.path, a.task, a.labels) for a in args.adapters]
-    routing = RoutingConfig(**args.routing.model_dump())
-    return router.bind(replicas.bind(engine), routing, args.store_dir, adapters)
+    return deployment.bind(base.engine(args.routing.max_batch_rows, Path(args.store_dir)), catalog)
 
 
 def _default_store() -> Path:

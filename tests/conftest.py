@@ -27,6 +27,8 @@ from deployments.local import deploy, local_ray
 from tests.serving import Application, demo_args, free_port
 from tests.tiny import TinyBase
 
+pytest_plugins = ["tests.postgres"]
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -50,6 +52,11 @@ def real_engine() -> Iterator[Engine]:
         for name, directory in ADAPTERS.items():
             engine.load_adapter(name, directory)
         yield engine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Ray of their own come before the one that lives to the end: never too many replicas at once."""
+    items.sort(key=lambda item: "app" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

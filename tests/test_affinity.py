@@ -20,9 +20,9 @@ def fleet(count: int) -> list[ReplicaState]:
 def test_resident_first() -> None:
     states = fleet(8)
     for holder in states:
-        holder.resident = frozenset({"a"})
+        holder.resident = {"a"}
         assert choose("a", 1, states, CONFIG) is holder
-        holder.resident = frozenset()
+        holder.resident = set()
 
 
 def test_an_idle_fleet_spreads_adapters_evenly_and_agrees_with_itself() -> None:
@@ -44,7 +44,7 @@ def test_a_new_replica_moves_only_its_share() -> None:
 def test_a_busy_holder_keeps_its_rows_until_a_copy_pays_for_itself() -> None:
     states = fleet(2)
     holder, other = states
-    holder.resident = frozenset({"a"})
+    holder.resident = {"a"}
     holder.row_s, other.load_s = 0.001, 0.1
     holder.rows = 10  # 10 ms of backlog against 4 x 100 ms for a copy
     assert choose("a", 1, states, CONFIG) is holder
@@ -54,7 +54,7 @@ def test_a_busy_holder_keeps_its_rows_until_a_copy_pays_for_itself() -> None:
 
 def test_the_load_bound_holds_however_cheap_the_holder_looks() -> None:
     states = fleet(4)
-    states[0].resident = frozenset({"hot"})
+    states[0].resident = {"hot"}
     for state in states:
         state.row_s = 0.0
     for _ in range(2000):
@@ -69,3 +69,40 @@ def test_the_bare_base_is_resident_everywhere() -> None:
     states = fleet(3)
     states[0].rows = states[1].rows = 5
     assert choose(None, 1, states, CONFIG) is states[2]
+
+
+def test_rows_follow_a_load_in_flight() -> None:
+    states = fleet(4)
+    first = choose("a", 1, states, CONFIG)
+    first.sent(20, "a")  # 100 ms of backlog, where a load takes 50
+    assert choose("a", 1, states, CONFIG) is first
+    first.returned(20, "a")
+    assert "a" not in first.loading
+
+
+def test_a_copy_that_is_there_is_better_than_one_that_is_coming() -> None:
+    states = fleet(2)
+    holder, other = states
+    holder.resident = {"a"}
+    other.sent(1, "a")
+    holder.rows = 8  # 40 ms of backlog
+    assert choose("a", 1, states, CONFIG) is holder
+    holder.rows = 12  # 60 ms, the load takes 50 at most
+    assert choose("a", 1, states, CONFIG) is other
+
+
+def test_a_new_copy_goes_where_fewest_are_loaded() -> None:
+    states = fleet(2)
+    for state in states:
+        state.row_s = 0.0  # rows cost nothing, but loads wait for each other
+    for index in range(6):
+        choose(f"other-{index}", 1, states, CONFIG).sent(1, f"other-{index}")
+    assert [len(state.loading) for state in states] == [3, 3]
+
+
+def test_two_calls_may_wait_for_one_load() -> None:
+    (state,) = fleet(1)
+    state.sent(1, "a")
+    state.sent(1, "a")
+    state.returned(1, "a")
+    assert "a" in state.loading and state.rows == 1 and state.warm_calls == 0

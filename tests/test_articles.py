@@ -170,7 +170,7 @@ def test_article_2_a_merge_and_a_mix_are_the_weighted_sum(tmp_path: Path, capsys
             np.testing.assert_allclose(answers[name], [r.logits for r in _infer(engine, texts, name)], atol=1e-5)
         assert weights_digest(engine.base.model) == before
         mix = next(result for row, result in zip(rows, results, strict=True) if row.adapter is _MIX)
-        resident = engine._residency.try_acquire(mix.version)  # type: ignore[union-attr]
+        resident = engine._residency._tiers.lease(mix.version)  # type: ignore[union-attr]
     np.testing.assert_allclose(answers[str(_MIX)], answers["merged"], atol=1e-5)
     np.testing.assert_allclose(answers["merged"], _by_peft(texts), atol=1e-4)
     assert resident is not None and merged.ranks == (resident.max_rank,) == (16,)  # 8 of each parent

@@ -15,7 +15,9 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import InternalError, InvalidRequest, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
-from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
+from adapter_router.types import AdapterVersion, ResidencyChange, Row, RowOutcome, RowResult, ShardReply
+
+ANSWER: Any = {"label": "x", "score": 1.0, "probs": [1.0], "num_classes": 1}
 
 
 def version(name: str) -> AdapterVersion:
@@ -34,7 +36,9 @@ class Replicas:
         self.running: Counter[str] = Counter()
         self.dying: set[str] = set()
 
-    async def send(self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> ShardReply:
+    async def send(
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], _: int
+    ) -> ShardReply:
         self.calls.append((replica, list(rows)))
         self.running[replica] += 1
         digests = {entry.digest for entry in versions if entry}
@@ -44,7 +48,10 @@ class Replicas:
         if replica in self.dying:
             raise ReplicaLost(f"{replica} is gone")
         self.resident[replica] |= digests
-        return ShardReply(replica, [self._answer(row) for row in rows], frozenset(self.resident[replica]), 0.01)
+        return ShardReply(replica, [self._answer(row) for row in rows], self._residency(replica), 0.01)
+
+    def _residency(self, replica: str) -> ResidencyChange:
+        return ResidencyChange(len(self.calls), frozenset(self.resident[replica]), complete=True)
 
     def _answer(self, row: Row) -> RowOutcome:
         if row.inputs == "bad":
@@ -128,6 +135,50 @@ def test_a_cold_adapter_delays_nobody_else() -> None:
         assert loop.time() - start < 0.5
         assert labels(await cold) == ["cold"]
         await router.close()
+
+    run(scenario())
+
+
+def test_rows_that_come_during_a_load_wait_for_it_and_start_no_other() -> None:
+    async def scenario() -> None:
+        replicas = Replicas("r0", "r1", seconds=0.2, load_seconds=0.3)
+        router = dispatcher(replicas)
+        pending = []
+        for index in range(12):
+            pending.append(asyncio.create_task(router.submit([(Row(str(index), "cold"), version("cold"))])))
+            await asyncio.sleep(0.01)
+        start = asyncio.get_running_loop().time()
+        assert [labels(await task) for task in pending] == [[str(index)] for index in range(12)]
+        assert len({replica for replica, _ in replicas.calls}) == 1
+        assert asyncio.get_running_loop().time() - start < 1.0, "the others follow the first two at once"
+        await router.close()
+
+    run(scenario())
+
+
+def test_a_stuck_load_leaves_room_for_the_others() -> None:
+    async def scenario() -> None:
+        calls = Counter[str]()
+
+        async def send(replica: str, sent: Sequence[Row], *_: object) -> ShardReply:
+            if sent[0].adapter == "stuck":
+                calls["stuck"] += 1
+                await asyncio.Event().wait()
+            return ShardReply(
+                replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0), 1
+            )
+
+        router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
+        stuck = []
+        for _ in range(100):
+            stuck.append(asyncio.create_task(router.submit([(Row("x", "stuck"), version("stuck"))])))
+            await asyncio.sleep(0.003)  # each in a batch of its own
+        assert len(router.fleet.states()[0].loading) == 1
+        assert labels(await router.submit(rows(3, 3))) == ["x"] * 3
+        assert calls["stuck"] == 2 and not any(task.done() for task in stuck)
+        await router.close()
+        for task in stuck:
+            task.cancel()
 
     run(scenario())
 
@@ -246,7 +297,8 @@ def test_load_counts_return_to_zero() -> None:
         replicas = Replicas("r0", "r1", seconds=0.001)
         router = dispatcher(replicas)
         await asyncio.gather(*(router.submit(rows(7, 5)) for _ in range(40)))
-        assert [(state.rows, state.warm_calls) for state in router.fleet.states()] == [(0, 0), (0, 0)]
+        counts = [(state.rows, state.warm_calls, len(state.loading)) for state in router.fleet.states()]
+        assert counts == [(0, 0, 0), (0, 0, 0)]
         await router.close()
 
     run(scenario())
@@ -272,7 +324,7 @@ def test_a_replica_that_leaves_the_list_and_returns_is_counted_right() -> None:
 def test_a_short_reply_leaves_nobody_waiting() -> None:
     async def scenario() -> None:
         async def send(replica: str, *_: object) -> ShardReply:
-            return ShardReply(replica, [], frozenset(), 0.01)
+            return ShardReply(replica, [], ResidencyChange(0), 0.01)
 
         router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
         (outcome,) = await router.submit([(Row("x"), None)])

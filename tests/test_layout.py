@@ -34,7 +34,7 @@ def test_every_test_file_named_in_the_readme_exists() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["adapter_router.routing.dispatcher", "adapter_router.catalog.store", "adapter_router.catalog.adapters"],
+    ["adapter_router.routing.dispatcher", "adapter_router.catalog.store", "adapter_router.catalog.routes"],
 )
 def test_loads_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"

@@ -175,23 +175,23 @@ def test_two_engines_in_one_process(tiny_bert: TinyBase, adapters: dict[str, Pat
         assert len(results[0]) == len(results[1]) == 30
 
 
-def test_an_adapter_dropped_while_it_is_being_installed_is_loaded_again(
+def test_an_adapter_dropped_while_it_is_being_loaded_is_loaded_again(
     small_engine: Engine, adapters: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
-    """The window between an adapter's installation and the end of its load, held open."""
+    """The window between an adapter's conversion and the end of its load, held open."""
     version = small_engine.load_adapter("again", adapters["a0"]).version
     small_engine.evict(version.digest)
-    installed, go_on = threading.Event(), threading.Event()
+    converted, go_on = threading.Event(), threading.Event()
     loaded = small_engine.metrics.loaded
 
     def hold(seconds: float) -> None:
         loaded(seconds)
-        installed.set()
+        converted.set()
         go_on.wait(10)
 
     small_engine.metrics.loaded = hold  # type: ignore[method-assign]
     small_engine._residency.prefetch(version)
-    assert installed.wait(10)
+    assert converted.wait(10)
     small_engine.evict(version.digest)
     answers: list[object] = []
     asking = threading.Thread(target=lambda: answers.extend(small_engine.infer([Row(FEATURES, "again")])), daemon=True)
@@ -200,4 +200,4 @@ def test_an_adapter_dropped_while_it_is_being_installed_is_loaded_again(
     go_on.set()
     asking.join(timeout=30)
     check(answers, ["a0"], expected)
-    assert not small_engine._residency._slots.leased(version.digest)
+    assert small_engine._residency._tiers.slots.leases(version.digest) == 0

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from adapter_router.catalog.adapters import Catalog
 from adapter_router.catalog.location import resolve
+from adapter_router.catalog.names import Names
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
 from adapter_router.errors import AdapterRouterError
@@ -55,18 +55,16 @@ class EngineRouter:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.catalog = Catalog()
+        self.names = Names()
 
     async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
         return await asyncio.to_thread(self.engine.infer, rows)
 
-    async def models(self) -> tuple[BaseInfo, list[AdapterVersion]]:
-        return self.engine.info(), self.catalog.versions()
+    async def version_of(self, row: Row) -> AdapterVersion | AdapterRouterError | None:
+        return self.names.find(None if row.adapter == self.engine.info().name else row.adapter, row.head)
 
-    def version_of(
-        self, adapter: str | Mapping[str, float] | None, head: str | None = None
-    ) -> AdapterVersion | AdapterRouterError | None:
-        return self.catalog.find(None if adapter == self.engine.info().name else adapter, head)
+    def base_of(self, row: Row) -> BaseInfo:  # noqa: ARG002 - there is only one
+        return self.engine.info()
 
     def result(self, row: Row) -> RowResult:
         (outcome,) = self.engine.infer([row])
@@ -82,7 +80,7 @@ class EngineRouter:
                     parameter.copy_(torch.randn_like(parameter) * 0.2)
         adapted.save_pretrained(directory)
         (directory / "adapter_router.json").write_text(json.dumps(MANIFESTS.get(name, {})))
-        self.catalog.add(self.engine.load_adapter(name, directory, task, labels or None).version)
+        self.names.add(self.engine.load_adapter(name, directory, task, labels or None).version)
 
     def client(self) -> TestClient:
         http = build_http()
@@ -182,7 +180,7 @@ def test_every_route_takes_mixes(client: TestClient, router: EngineRouter) -> No
         assert answer["adapter"]["name"] == "0.7 topics + -0.3 relevance"
         assert answer["adapter"]["version"] == expected.version
         parts = {part["name"]: (part["version"], part["weight"]) for part in answer["adapter"]["parts"]}
-        assert parts == {name: (router.catalog.find(name).digest, weight) for name, weight in mix.items()}  # type: ignore[union-attr]
+        assert parts == {name: (router.names.find(name).digest, weight) for name, weight in mix.items()}  # type: ignore[union-attr]
     embedded = {"model": {"search": 0.5, "unscaled": 0.5}, "head": "search"}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/token-classify": {"model": {"entities": 1}, "input": "Ada in London"},

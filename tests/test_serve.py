@@ -10,19 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
-from peft import LoraConfig, get_peft_model
 from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForSequenceClassification
 
 from adapter_router.catalog.location import resolve
 from adapter_router.types import Row, RowResult
-from deployments.demo.tenants import ADAPTERS, BASE, IMAGE_TENANTS, SAMPLES
-from tests.serving import Application, serve_pids, wait_for
+from deployments.demo.tenants import ADAPTERS, SAMPLES
+from tests.real_adapters import random_adapter
+from tests.serving import Application, serve_pids
 from tests.tiny import edit_config
 
 pytestmark = pytest.mark.serve
@@ -209,7 +204,7 @@ def test_another_ray_application_calls_through_the_handle(app: Application) -> N
 
 def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> None:
     """8 tenants, 64 callers: mixed batches form, and one handle call serves each (batch, replica)."""
-    extra = [_random_adapter(tmp_path / f"extra-{i}", seed=i) for i in range(4)]
+    extra = [random_adapter(tmp_path / f"extra-{i}", seed=i) for i in range(4)]
     for directory in extra:
         assert post(app, "/v1/load_lora_adapter", lora_name=directory.name, lora_path=str(directory))[0] == 200
     names = [*ADAPTERS, *(directory.name for directory in extra)]
@@ -263,30 +258,3 @@ def test_the_router_process_holds_no_torch() -> None:
 def _replicas(app: Application) -> set[str]:
     lines = app.http.get("/metrics").text.splitlines()
     return {line.split('process="replica:')[1].split('"')[0] for line in lines if 'process="replica:' in line}
-
-
-def _random_adapter(directory: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    base = AutoModelForSequenceClassification.from_pretrained(resolve(BASE), num_labels=3)
-    lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(directory)
-    return directory
-
-
-def test_a_serve_config_starts_a_second_base_beside_the_first(app: Application, tmp_path: Path) -> None:
-    """The way of `serve deploy` and KubeRay: the controller imports `deployments.app:build`. Images over HTTP."""
-    config = yaml.safe_load(Path(resolve("package:deployments/configs/cpu.yaml")).read_text())
-    application = config["applications"][1]
-    application.update(name="from-config", route_prefix="/from-config")
-    application["args"].update(num_cpus=0.1, store_dir=str(tmp_path / "store"))
-    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
-    try:
-        wait_for(lambda: serve.status().applications["from-config"].status == "RUNNING", timeout_s=120)
-        assert app.http.get("/from-config/readyz").json() == {"ready": True, "failed_adapters": {}}
-        for tenant in IMAGE_TENANTS:
-            for image, label in tenant.images:
-                url = f"/from-config/v1/image-classify?model={tenant.name}"
-                response = app.http.post(url, content=image, headers={"content-type": "image/png"})
-                assert response.json()["data"][0]["label"] == label
-    finally:
-        serve.delete("from-config")

@@ -33,12 +33,18 @@ def source(directory: Path, config: bytes = b"{}", weights: bytes = b"weights", 
     return directory
 
 
+def copies(store: ContentStore) -> list[Path]:
+    """The copies in ``store``, which must have no work left over."""
+    assert list((store.work / "staging").glob("*")) == []
+    return sorted(path for path in store.root.iterdir() if path != store.work)
+
+
 def refusal(store: ContentStore, directory: Path) -> tuple[str, ...]:
     """The problems of ``directory``, which must leave nothing behind in the store."""
-    before = sorted(store.root.rglob("*"))
+    before = copies(store)
     with pytest.raises(AdapterRejected) as caught:
         store.admit(directory)
-    assert sorted(store.root.rglob("*")) == before
+    assert copies(store) == before
     return caught.value.problems
 
 
@@ -46,7 +52,7 @@ def test_same_content_is_stored_once(store: ContentStore, tmp_path: Path) -> Non
     one = store.admit(source(tmp_path / "one", head=b"{}"))
     two = store.admit(source(tmp_path / "two", head=b"{}"))
     assert one == two and one == store.admit(tmp_path / "one")
-    assert list(store.root.iterdir()) == [one.directory]
+    assert copies(store) == [one.directory]
     assert one.digest.startswith("sha256:") and len(one.digest) == 7 + 64
 
 
@@ -205,7 +211,7 @@ def test_damage_is_noticed_and_mended_by_the_original(
     assert caught.value.retryable
     assert store.admit(directory) == stored
     assert stored.read().weights == b"weights"
-    assert list(store.root.iterdir()) == [stored.directory]
+    assert copies(store) == [stored.directory]
 
 
 def test_a_file_too_many_is_noticed_and_mended(store: ContentStore, tmp_path: Path) -> None:
@@ -300,7 +306,7 @@ def test_concurrent_admits_agree(store: ContentStore, tmp_path: Path) -> None:
         results = list(pool.map(admit, range(8)))
     assert {stored for stored, _ in results} == {results[0][0]}
     assert {weights for _, weights in results} == {(directory / WEIGHTS).read_bytes()}
-    assert list(store.root.iterdir()) == [results[0][0].directory]
+    assert copies(store) == [results[0][0].directory]
 
 
 def test_root_is_made_with_its_parents_and_for_its_owner_only(tmp_path: Path) -> None:

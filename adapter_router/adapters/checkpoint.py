@@ -7,6 +7,7 @@ import struct
 from collections import defaultdict
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -20,6 +21,7 @@ _MAX_TENSORS = 32_768
 _MAX_AXES = 8
 _MAX_AXIS = 1 << 40
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_EXPONENTS = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
 _CHUNK = 1 << 20  # numbers looked at at once: the check costs no memory of the tensor's size
 
 
@@ -36,10 +38,27 @@ def read_tensors(raw: bytes) -> tuple[dict[str, torch.Tensor] | None, list[str]]
         tensors = load(raw)
     except (SafetensorError, KeyError, ValueError) as error:
         return None, [*problems, f"{_FILE} is damaged: {error}"]
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if problems or not _all_finite(raw, header):
+        broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    else:
+        broken = []
     if broken:
         problems.append(f"{listed(broken)} hold{'s' * (len(broken) == 1)} NaN or infinite values")
     return tensors, problems
+
+
+def _all_finite(raw: bytes, header: dict[str, Any]) -> bool:
+    """Whether no number is NaN or infinite, seen at once; False also where that cannot be seen.
+
+    A number is neither unless all bits of its exponent are set.
+    """
+    dtypes = {entry["dtype"] for entry in header.values()}
+    if len(dtypes) != 1:
+        return False
+    exponent = _EXPONENTS[dtypes.pop()]
+    numbers = np.frombuffer(raw, exponent.dtype, offset=8 + struct.unpack("<Q", raw[:8])[0])
+    starts = range(0, len(numbers), _CHUNK)
+    return not any(((numbers[start : start + _CHUNK] & exponent) == exponent).any() for start in starts)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from adapter_router.adapters.adapter_tensors import AdapterTensors
 from adapter_router.adapters.base_weights import BaseWeights
 from adapter_router.adapters.coverage.experts import Expert
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
 from adapter_router.adapters.tuners.lora import changes_base
 from adapter_router.adapters.tuners.tuner import Target
-from adapter_router.adapters.validate import AdapterTensors
 from adapter_router.errors import AdapterRejected
 
 # Two loads of one PiSSA-like adapter, even PEFT's own, differ by this much of what was taken from the base.

@@ -7,9 +7,7 @@ PEFT answers most of these faults with silence. Only names and shapes are looked
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, replace
 
 from adapter_router.adapters.adapter_config import (
     COMMON_FIELDS,
@@ -17,12 +15,12 @@ from adapter_router.adapters.adapter_config import (
     parse_adapter_config,
     unserved_fields,
 )
+from adapter_router.adapters.adapter_tensors import AdapterTensors
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.checkpoint import read_tensors
 from adapter_router.adapters.coverage.coverage import Coverage
-from adapter_router.adapters.coverage.experts import Expert
-from adapter_router.adapters.coverage.findings import Findings, Roles
-from adapter_router.adapters.coverage.parameters import ParameterCheck
+from adapter_router.adapters.coverage.findings import Findings
+from adapter_router.adapters.forms import Forms, form_of
 from adapter_router.adapters.head_config import HeadConfig, default_activation, label_problems, parse_head_config
 from adapter_router.adapters.keys import SortedTensors, sort_tensors
 from adapter_router.adapters.manifest import Manifest, parse_manifest
@@ -30,42 +28,11 @@ from adapter_router.adapters.methods import METHODS
 from adapter_router.adapters.naming import choose_naming
 from adapter_router.adapters.tasks import choose_task
 from adapter_router.adapters.tuners.lora import changes_base, needs_initial, rounds_base
-from adapter_router.adapters.tuners.tuner import Target, Tuner
+from adapter_router.adapters.tuners.tuner import Tuner
 from adapter_router.errors import AdapterRejected
 from adapter_router.types import Activation, AdapterFiles, EmbeddingSettings, TaskKind
 
 _CLASSIFIES = ("text-classification", "token-classification", "image-classification")
-
-
-@dataclass(frozen=True)
-class AdapterTensors:
-    """A validated adapter on the host, tensors in the file's dtype, by the base's module paths.
-
-    ``targets``: the method's tensors by role. ``experts``: by parameter. ``tokens``: row numbers and rows.
-    ``biases``: new values. ``saved``: whole parameters of replaced modules by their names inside; ``replaced``: single
-    parameters by module. ``copies``: what the file says base weights are. ``shared``: the method's own.
-    ``invocation``: tokens that switch the adapter on (aLoRA); empty for one that is always on.
-    ``base_fingerprint``: the base that its files demand, if they name one.
-    """
-
-    method: Tuner
-    task: TaskKind
-    num_labels: int
-    labels: tuple[str, ...]
-    activation: Activation
-    embedding: EmbeddingSettings
-    invocation: tuple[int, ...]
-    num_tensors: int
-    warnings: tuple[str, ...]
-    targets: dict[Target, Roles] = field(default_factory=dict)
-    experts: dict[str, Expert] = field(default_factory=dict)
-    tokens: dict[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
-    biases: dict[str, torch.Tensor] = field(default_factory=dict)
-    saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    replaced: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    copies: dict[str, torch.Tensor] = field(default_factory=dict)
-    shared: dict[str, torch.Tensor] = field(default_factory=dict)
-    base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +51,15 @@ class Bases:
     spec: Callable[[TaskKind], BaseSpec]
 
 
-def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) -> AdapterTensors:
-    """Check an adapter's ``files`` against the base. Raises AdapterRejected with every problem."""
+def validate(
+    files: AdapterFiles, bases: Bases, request: Request = Request(), forms: Forms | None = None
+) -> AdapterTensors:
+    """Check an adapter's ``files`` against the base. Raises AdapterRejected with every problem.
+
+    ``forms``: those that passed on this base; another of the same form is not looked at again but for its numbers.
+    """
+    if forms is not None and (known := _of_known_form(files, bases, request, forms)) is not None:
+        return known
     config, problems = parse_adapter_config(files.config)
     head, head_problems = parse_head_config(files.head_config)
     manifest, manifest_problems = parse_manifest(files.manifest)
@@ -116,15 +90,17 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
     coverage = Coverage(findings)
     coverage.run(found, initial)
     problems += [fault for fault in config.matcher.problems.values() if fault not in problems]
-    labels, activation, label_faults = _labels(request, head, base, coverage.parameters, named=not problems)
+    counted = coverage.parameters.num_labels, coverage.parameters.has_own_head
+    labels, activation, label_faults = _labels(request, head, base, *counted, named=not problems)
     problems += label_faults
     problems += _embedding_problems(manifest, base)
     if problems:
         raise AdapterRejected.because(problems)
-    return AdapterTensors(
+    adapter = AdapterTensors(
         method=method,
         task=task,
         num_labels=coverage.parameters.num_labels,
+        has_own_head=coverage.parameters.has_own_head,
         labels=labels,
         activation=activation,
         embedding=manifest.embedding or EmbeddingSettings(),
@@ -141,6 +117,26 @@ def validate(files: AdapterFiles, bases: Bases, request: Request = Request()) ->
         shared=found.shared,
         base_fingerprint=manifest.base_fingerprint or config.base_fingerprint,
     )
+    if forms is not None and files.initial_weights is None and not config.document.get("ensure_weight_tying"):
+        forms.learn(form_of(files, request.task), adapter, tensors)  # elsewhere the numbers were compared, too
+    return adapter
+
+
+def _of_known_form(files: AdapterFiles, bases: Bases, request: Request, forms: Forms) -> AdapterTensors | None:
+    """What ``validate`` would make of files of a form that passed; None where it has to look for itself."""
+    form = form_of(files, request.task)
+    if files.initial_weights is not None or form not in forms:
+        return None
+    tensors, problems = read_tensors(files.weights)
+    head, head_problems = parse_head_config(files.head_config)
+    if tensors is None or (adapter := forms.find(form, tensors)) is None:
+        return None
+    base = bases.spec(adapter.task)
+    counted = adapter.num_labels, adapter.has_own_head
+    labels, activation, label_faults = _labels(request, head, base, *counted, named=True)
+    if problems or head_problems or label_faults or head.model_type not in (None, base.model_type):
+        return None
+    return replace(adapter, labels=labels, activation=activation)
 
 
 def _initial(config: AdapterConfig, method: Tuner, files: AdapterFiles) -> tuple[SortedTensors | None, list[str]]:
@@ -193,18 +189,18 @@ def _embedding_problems(manifest: Manifest, base: BaseSpec) -> list[str]:
 
 
 def _labels(
-    request: Request, head: HeadConfig, base: BaseSpec, parameters: ParameterCheck, *, named: bool
+    request: Request, head: HeadConfig, base: BaseSpec, count: int, has_own_head: bool, *, named: bool
 ) -> tuple[tuple[str, ...], Activation, list[str]]:
     """Label names: the caller's, the directory's, the base's for its own head, or transformers' ``LABEL_0``….
 
-    ``named`` False: the last are not made up, because the adapter is refused anyhow and its number of labels absurd.
+    ``count`` of them. ``named`` False: the last are not made up, because the adapter is refused anyhow and their number
+    absurd.
     """
     if base.task not in _CLASSIFIES:
         return (), "none", ["labels are given, but the task has none"] if request.labels else []
-    count = parameters.num_labels
     names = request.labels if request.labels is not None else head.labels
     activation = head.activation
-    if parameters.has_own_head:
+    if has_own_head:
         activation = activation or _default_activation(base.task, count)
     else:  # the base's head, names and activation included
         activation = activation or base.activation

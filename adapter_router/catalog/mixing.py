@@ -43,6 +43,8 @@ def mixed(weights: Mapping[str, float], versions: Mapping[str, AdapterVersion], 
     tasks = {name: version.task for name, version in versions.items()}
     if len(set(tasks.values())) > 1:
         problems.append(f"the mixed adapters serve different tasks: {_listed(tasks)}")
+    if len({version.base for version in versions.values()}) > 1:
+        problems.append(f"the mixed adapters belong to different bases: {', '.join(versions)}")
     chosen = _head(versions) if head is None else head
     if chosen is None:
         problems.append(f"more than one of the mixed adapters could answer: name one of {', '.join(versions)} as head")
@@ -64,6 +66,7 @@ def mixed(weights: Mapping[str, float], versions: Mapping[str, AdapterVersion], 
         embedding=answering.embedding,
         brings_head=answering.brings_head,
         num_bytes=sum(part.version.num_bytes for part in parts),
+        base=answering.base,
         parts=parts,
     )
 

@@ -34,8 +34,8 @@ class AdapterSpec:
 class Registration:
     """An adapter the catalog knows. Times are seconds since the epoch.
 
-    ``reason`` and ``problems``: why it is Failed; ``code`` and ``retryable`` of that error; ``retry_at``: when it is
-    tried again by itself. ``managed``: a manifest declares it.
+    ``reason`` and ``problems``: why it is Failed, or failed before the attempt that is under way; ``code`` and
+    ``retryable`` of that error; ``retry_at``: when it is tried again by itself. ``managed``: a manifest declares it.
     """
 
     spec: AdapterSpec
@@ -53,12 +53,24 @@ class Registration:
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """The ``number``-th version of an adapter (from 1); nothing of it ever changes but ``retired``."""
+    """The ``number``-th version of an adapter (from 1).
+
+    Its content, base, task and labels never change; ``retired`` does, and its source when the same was found elsewhere.
+    """
 
     number: int
     version: AdapterVersion
     created: float
     retired: float | None = None
+
+
+@dataclass(frozen=True)
+class Total:
+    """Of one base: adapters with unretired versions for it, those versions, and their bytes on a device."""
+
+    adapters: int
+    versions: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,3 +101,16 @@ class Event:
     name: str
     kind: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a name means: an adapter's, an alias', or one that addresses a version.
+
+    ``choices``: versions and their weights, none of them 0; empty for an adapter that has no version yet or was taken
+    back. ``registration``: of the adapter; None for an alias that is no adapter's own name.
+    """
+
+    name: str
+    choices: tuple[tuple[AdapterVersion, int], ...]
+    registration: Registration | None = None

@@ -7,30 +7,43 @@ into place under its digest in one rename, so several processes of a node may sh
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import logging
 import os
 import shutil
-import stat
+import sqlite3
 import tempfile
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapter_router.catalog.adapter_files import (
+    CONFIG,
+    FILES,
+    HEAD_CONFIG,
+    INITIAL,
+    MANIFEST,
+    REQUIRED,
+    WEIGHTS,
+    ContentHash,
+    directory_problems,
+    identity,
+    largest,
+)
+from adapter_router.catalog.holds import Hold, hold, take
 from adapter_router.catalog.location import resolve
+from adapter_router.catalog.store_index import StoreIndex, bytes_of
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import AdapterFiles
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
-_HEAD_CONFIG = "config.json"
-_MANIFEST = "adapter_router.json"
-_INITIAL = "initial/adapter_model.safetensors"
-_REQUIRED = (_CONFIG, _WEIGHTS)
-_FILES = (*_REQUIRED, _HEAD_CONFIG, _MANIFEST, _INITIAL)
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 4 << 20  # a weights file's names take no room on a device
+logger = logging.getLogger(__name__)
+
 _CHUNK_BYTES = 1 << 20
+_COPIES = 3  # of a directory that is written while it is copied, before we give up
+_DAMAGED = ".damaged"  # an empty file in a copy that was found to be another than was admitted
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class StoredAdapter:
 
     digest: str
     directory: Path
+    _hold: Hold | None = field(default=None, compare=False, repr=False)  # no eviction while somebody has this value
 
     def read(self) -> AdapterFiles:
         """The files' contents, verified against the digest.
@@ -46,167 +60,289 @@ class StoredAdapter:
         Raises AdapterUnavailable when the copy is gone or is no longer what was admitted.
         """
         try:
-            paths = {name: self.directory / name for name in _FILES}
-            files = {name: path.read_bytes() for name, path in paths.items() if name in _REQUIRED or path.exists()}
+            _held = self._hold or hold(self.directory)
+            paths = {name: self.directory / name for name in FILES}
+            files = {name: path.read_bytes() for name, path in paths.items() if name in REQUIRED or path.exists()}
         except OSError as error:
+            if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+                self._note_damage()
             raise AdapterUnavailable(f"stored adapter {self.digest} cannot be read: {error.strerror}") from error
-        hasher = _ContentHash()
+        hasher = ContentHash()
         for name, content in files.items():
             hasher.start_file(name)
             hasher.update(content)
         if hasher.digest() != self.digest:
+            self._note_damage()
             raise AdapterUnavailable(f"stored adapter {self.digest} was changed on disk; load it again")
         return AdapterFiles(
-            files[_CONFIG], files[_WEIGHTS], files.get(_HEAD_CONFIG), files.get(_MANIFEST), files.get(_INITIAL)
+            files[CONFIG], files[WEIGHTS], files.get(HEAD_CONFIG), files.get(MANIFEST), files.get(INITIAL)
         )
+
+    def __reduce__(self) -> tuple[type[StoredAdapter], tuple[str, Path]]:
+        return StoredAdapter, (self.digest, self.directory)  # a hold is its process's
+
+    def _note_damage(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.directory / _DAMAGED).touch()
 
 
 class ContentStore:
     """Directory of adapters by digest; the only writer of what lies under ``root``. Thread-safe."""
 
-    def __init__(self, root: Path, max_bytes: int = 1 << 40) -> None:
-        """``max_bytes``: of one adapter's weights, ``adapter_memory_bytes``: no more fits on a device."""
+    def __init__(self, root: Path, max_bytes: int = 1 << 40, budget_bytes: int | None = None) -> None:
+        """``max_bytes``: of one adapter's weights, ``adapter_memory_bytes``: no more fits on a device.
+
+        ``budget_bytes``: of all copies together; where they are more, those go that were not used for longest. A copy
+        that is being read or not decided on stays, whatever the budget.
+        """
         self.root = root
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        self.budget_bytes = budget_bytes
+        self.num_evicted = 0
         self._lock = threading.Lock()
         self._undecided: Counter[str] = Counter()  # loads under way, by digest
-        self._created: set[str] = set()  # copies made by loads that are under way
+        self._holds: dict[str, Hold] = {}  # of the undecided
+        self._mending = threading.Lock()
+        self._created: dict[str, int] = {}  # when this process made the copies of loads that are under way
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.work = root / ".work"  # whatever is not an adapter's copy
+        self.work.mkdir(mode=0o700, exist_ok=True)
+        self.index = StoreIndex(root, self.work / "index.db")
+        self._tidy()
 
     def admit(self, source: str | os.PathLike[str]) -> StoredAdapter:
         """Copy the adapter directory ``source`` (or ``package:…``) into the store; the same content is kept once.
 
         The caller says with ``settle`` what became of it. Raises AdapterRejected with every problem of the directory
-        itself.
+        itself, AdapterUnavailable when it is written all the time.
         """
+        for _ in range(_COPIES):
+            directory = self._checked(source)
+            try:
+                with self.scratch() as staging:
+                    before = identity(directory)
+                    digest = _copy_files(directory, staging, self.max_bytes)
+                    if identity(directory) == before:
+                        return self.adopt(staging, digest)
+            except OSError as error:
+                raise AdapterRejected.because([f"{source} cannot be copied: {error.strerror}"]) from error
+            except ValueError as error:
+                raise AdapterRejected.because([str(error)]) from error
+        raise AdapterUnavailable(f"{os.fspath(source):.200} is being written; wait until that is done, and try again")
+
+    def adopt(self, staging: Path, digest: str) -> StoredAdapter:
+        """Take the directory ``staging``, which lies under ``root`` and has nothing but an adapter's files.
+
+        ``digest`` is that of its files. As ``admit`` from there on. Raises OSError.
+        """
+        stored = StoredAdapter(digest, self._directory(digest))
+        with self._lock:
+            self._undecided[digest] += 1
+        try:
+            while not self._publish(staging, stored):
+                pass  # what was there has been evicted just now
+        except BaseException:
+            self._decide(digest)
+            raise
+        self._keep_index(lambda: self.index.add(digest, bytes_of(stored.directory)))
+        self.make_room(0)
+        return stored
+
+    def find(self, digest: str) -> StoredAdapter | None:
+        """The copy of ``digest``, if there is a sound one; it stays as long as somebody has the answer."""
+        directory = self._directory(digest)
+        held = hold(directory)
+        if held is None or (directory / _DAMAGED).exists():
+            return None
+        self._keep_index(lambda: self.index.touch(digest))
+        return StoredAdapter(digest, directory, held)
+
+    def share(self, stored: StoredAdapter, times: int = 1) -> bool:
+        """Begin more loads of ``stored``, each with a ``settle`` of its own; False when its copy is gone."""
+        with self._lock:
+            if self._undecided[stored.digest] == 0:
+                held = hold(stored.directory)
+                if held is None:
+                    del self._undecided[stored.digest]
+                    return False
+                self._holds[stored.digest] = held
+            self._undecided[stored.digest] += times
+        return True
+
+    def settle(self, stored: StoredAdapter, *, keep: bool) -> None:
+        """End one load of ``stored``. A copy that this process made and that nobody wants is removed."""
+        with self._lock:
+            if keep:
+                self._created.pop(stored.digest, None)
+            made = self._created.get(stored.digest)
+        if self._decide(stored.digest) and made is not None:
+            # Unless another process has come upon it meanwhile.
+            self._remove(stored.digest, lambda: stored.directory.stat().st_mtime_ns == made)
+        self.make_room(0)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Remove what was not used for longest until ``num_bytes`` more would be within the budget."""
+        if self.budget_bytes is None:
+            return
+        with contextlib.suppress(sqlite3.Error):
+            for digest in self.index.least_recently_used():
+                if self.index.num_bytes() + num_bytes <= self.budget_bytes:
+                    return
+                if self._remove(digest):
+                    self.num_evicted += 1
+
+    def note_seen(self, source: str, fingerprint: str, digest: str) -> None:
+        """``source``, when it looked like ``fingerprint``, held ``digest``."""
+        self._keep_index(lambda: self.index.note_seen(source, fingerprint, digest))
+
+    def seen(self, source: str, fingerprint: str) -> str | None:
+        """What ``source`` held when it looked like ``fingerprint``, if anybody on this node has looked."""
+        try:
+            return self.index.seen(source, fingerprint)
+        except sqlite3.Error:
+            return None
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A directory on the store's own disk for as long as the caller needs it."""
+        home = self.work / "staging"
+        home.mkdir(mode=0o700, exist_ok=True)
+        held = None
+        while held is None:  # without it another process would tidy the directory away, and may have just now
+            path = Path(tempfile.mkdtemp(dir=home))
+            held = hold(path)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            held.release()
+
+    def _directory(self, digest: str) -> Path:
+        return self.root / digest.replace(":", "-")
+
+    def _checked(self, source: str | os.PathLike[str]) -> Path:
         try:
             directory = Path(resolve(os.fspath(source)))
-            problems = _directory_problems(directory, self._max_bytes)
+            problems = directory_problems(directory, self.max_bytes)
         except ValueError as error:
             problems = [str(error)]
         except OSError as error:
             problems = [f"{os.fspath(source):.200} is not a directory that can be read: {error.strerror}"]
         if problems:
             raise AdapterRejected.because(problems)
-        staging = self._scratch()
-        try:
-            hasher = _ContentHash()
-            for name in _FILES:
-                if (directory / name).exists():
-                    (staging / name).parent.mkdir(exist_ok=True)
-                    hasher.start_file(name)
-                    _copy(directory / name, staging / name, hasher)
-            return self._publish(staging, hasher.digest())
-        except OSError as error:
-            raise AdapterRejected.because([f"{source} cannot be copied: {error.strerror}"]) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        return directory
 
-    def settle(self, stored: StoredAdapter, *, keep: bool) -> None:
-        """End one load of ``stored``. A copy that this process made and that nobody wants is removed."""
+    def _publish(self, staging: Path, stored: StoredAdapter) -> bool:
+        """Move ``staging`` into place, or come upon what is there; False when that has gone meanwhile."""
         with self._lock:
-            self._undecided[stored.digest] -= 1
-            if keep:
-                self._created.discard(stored.digest)
-            if self._undecided[stored.digest] > 0:
-                return
-            del self._undecided[stored.digest]
-            if stored.digest in self._created:
-                self._created.discard(stored.digest)
-                refused = self._scratch()
-                stored.directory.rename(refused)
-                shutil.rmtree(refused, ignore_errors=True)
-
-    def _scratch(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.root, prefix=".staging-"))
-
-    def _publish(self, staging: Path, digest: str) -> StoredAdapter:
-        stored = StoredAdapter(digest, self.root / digest.replace(":", "-"))
-        with self._lock:
-            self._undecided[digest] += 1
+            made = _stamp(staging)
             try:
                 staging.rename(stored.directory)
-                self._created.add(digest)
+                self._created[stored.digest] = made
             except OSError:
                 if not stored.directory.is_dir():
                     raise
-                self._replace_if_damaged(staging, stored)
-        return stored
+            ours = stored.digest in self._created
+        held = hold(stored.directory)
+        if held is None:
+            return False
+        with self._lock:
+            self._holds[stored.digest] = held
+        if staging.exists():
+            self._mend(staging, stored)
+        if not ours:
+            _stamp(stored.directory)  # whoever made it shall not remove it
+        return True
 
-    def _replace_if_damaged(self, staging: Path, stored: StoredAdapter) -> None:
+    def _mend(self, staging: Path, stored: StoredAdapter) -> None:
+        """Put ``staging`` in the place of a copy that is damaged."""
+        with self._mending:
+            try:
+                stored.read()
+                if not (stored.directory / _DAMAGED).exists():
+                    return
+            except AdapterUnavailable:
+                pass
+            with self.scratch() as damaged:
+                stored.directory.rename(damaged / "copy")
+                staging.rename(stored.directory)
+            held = hold(stored.directory)
+            if held is not None:
+                with self._lock:
+                    self._holds[stored.digest] = held
+
+    def _decide(self, digest: str) -> bool:
+        """End one load; whether it was the last of this digest."""
+        with self._lock:
+            self._undecided[digest] -= 1
+            if self._undecided[digest] > 0:
+                return False
+            del self._undecided[digest]
+            self._created.pop(digest, None)
+            if digest in self._holds:
+                self._holds.pop(digest).release()
+            return True
+
+    def _remove(self, digest: str, condition: Callable[[], bool] = lambda: True) -> bool:
+        """Remove a copy that nobody holds; whether it is gone."""
+        directory = self._directory(digest)
+        taken = take(directory)
+        if taken is None and directory.exists():
+            return False
+        if taken is not None:
+            if not condition():
+                return False
+            with self.scratch() as refused:
+                directory.rename(refused / "copy")
+        self._keep_index(lambda: self.index.drop(digest))
+        return True
+
+    def _keep_index(self, write: Callable[[], None]) -> None:
         try:
-            stored.read()
-        except AdapterUnavailable:
-            damaged = self._scratch()
-            stored.directory.rename(damaged)
-            staging.rename(stored.directory)
-            shutil.rmtree(damaged, ignore_errors=True)
+            write()
+        except sqlite3.Error as error:
+            logger.warning("the index of the store at %s cannot be written: %s", self.root, error)
+
+    def _tidy(self) -> None:
+        """Remove what processes that died have left behind."""
+        for leftover in (self.work / "staging").glob("*"):
+            taken = take(leftover)
+            if taken is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+        if self.budget_bytes is not None:
+            self._keep_index(self.index.reconcile)
+            self.make_room(0)
 
 
-class _ContentHash:
-    """sha256 over file names and contents, framed so that no two directories share a stream."""
-
-    def __init__(self) -> None:
-        self._files: list[tuple[str, hashlib._Hash]] = []
-
-    def start_file(self, name: str) -> None:
-        self._files.append((name, hashlib.sha256()))
-
-    def update(self, data: bytes) -> None:
-        self._files[-1][1].update(data)
-
-    def digest(self) -> str:
-        listing = "".join(f"{name} {content.hexdigest()}\n" for name, content in self._files)
-        return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
+def _stamp(directory: Path) -> int:
+    """Note in the file system that ``directory`` is wanted; a number no other caller gets."""
+    now = time.time_ns()
+    os.utime(directory, ns=(now, now))
+    return directory.stat().st_mtime_ns
 
 
-def _directory_problems(directory: Path, max_bytes: int) -> list[str]:
-    if not directory.is_dir():
-        return [f"{directory} is not a directory"]
-    problems = []
-    for name in _REQUIRED:
-        if not (directory / name).exists():
-            problems.append(f"{name} is missing" + _pickle_advice(directory, name))
-    found = [_file_problem(name, directory, max_bytes) for name in _FILES if (directory / name).exists()]
-    return problems + [problem for problem in found if problem is not None]
+def _copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
+    """Copy an adapter's files; returns the digest of what was copied."""
+    hasher = ContentHash()
+    for name in FILES:
+        if (directory / name).exists():
+            (staging / name).parent.mkdir(exist_ok=True)
+            hasher.start_file(name)
+            _copy(directory / name, staging / name, hasher, largest(name, max_bytes))
+    return hasher.digest()
 
 
-def _file_problem(name: str, directory: Path, max_bytes: int) -> str | None:
-    status = (directory / name).stat()
-    if _escapes(directory / name, directory):
-        return f"{name} is a link to a place outside the directory; copy the file into it"
-    if not stat.S_ISREG(status.st_mode):
-        return f"{name} is not a regular file"
-    if name in (_WEIGHTS, _INITIAL):
-        fits = status.st_size <= max_bytes + _MAX_HEADER_BYTES
-        return None if fits else f"{name} has {status.st_size} bytes, adapter_memory_bytes is {max_bytes}"
-    if status.st_size > _MAX_CONFIG_BYTES:
-        return f"{name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}"
-    return None
-
-
-def _escapes(path: Path, directory: Path) -> bool:
-    """Whether following links leads out of ``directory``; a hub cache's snapshots keep their files under ``blobs``."""
-    home = directory.resolve()
-    allowed = [home]
-    for folder in (home, *home.parents):
-        blobs = folder.parent.parent / "blobs"
-        if folder.parent.name == "snapshots" and not blobs.is_symlink():
-            allowed.append(blobs)
-    actual = path.resolve()
-    return not any(actual.is_relative_to(root) for root in allowed)
-
-
-def _pickle_advice(directory: Path, name: str) -> str:
-    if name == _WEIGHTS and (directory / "adapter_model.bin").exists():
-        return "; adapter_model.bin is a pickle and is never read: save it again with safe_serialization=True"
-    return ""
-
-
-def _copy(source: Path, target: Path, hasher: _ContentHash) -> None:
-    # O_NONBLOCK: should the path have become a FIFO since it was checked, fail instead of hanging.
-    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _copy(source: Path, target: Path, hasher: ContentHash, max_bytes: int) -> None:
+    """Copy and hash in one pass. Raises OSError, and ValueError when more than ``max_bytes`` come."""
+    # The real path, whose last part may not be a link: it may have become one since it was checked. O_NONBLOCK: should
+    # it have become a FIFO, fail instead of hanging.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(source.resolve(), flags)
     with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        room = max_bytes
         while chunk := reader.read(_CHUNK_BYTES):
+            room -= len(chunk)
+            if room < 0:
+                raise ValueError(f"{source.name} grew beyond {max_bytes} bytes while it was copied")
             hasher.update(chunk)
             writer.write(chunk)

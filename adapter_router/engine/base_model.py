@@ -84,6 +84,7 @@ class BaseModel:
         self._failed: dict[TaskKind, str] = {}
         self._shared: SharedBackbone | None = None
         self._preparing = threading.RLock()  # one task at a time; never taken while ``lock`` is held
+        self._grouping = threading.Lock()
         first = self._read(self.tasks[0])
         if first.task != "embedding" and not _is_bare(first.backbone, first.config):
             self.tasks = tuple(task for task in self.tasks if task != "embedding")
@@ -161,6 +162,7 @@ class BaseModel:
 
         ``padding``: the token that ``features`` are filled up with.
         """
+        self._await(plan)
         tasks = plan.tasks()
         features = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in features.items()}
         with torch.inference_mode(), self._active.running(plan):
@@ -183,6 +185,7 @@ class BaseModel:
 
     def generate(self, features: Batch, plan: BatchPlan, max_new_tokens: int) -> torch.Tensor:
         """Token ids of transformers' greedy search, (rows, tokens). The caller holds ``lock``."""
+        self._await(plan)
         model = self._prepared[plan.segments[0].task].model.model
         with torch.inference_mode(), self._active.running(plan):
             ids: torch.Tensor = model.generate(
@@ -191,10 +194,13 @@ class BaseModel:
         return ids
 
     def group(self, task: TaskKind, path: str) -> None:
-        """Let adapters act on the module ``path`` from now on."""
+        """Let adapters act on the module ``path`` from now on.
+
+        A forward may be running: whoever it runs for has no change there, so that the module does what it did.
+        """
         prepared = self.task(task)
         module = prepared.model.model.get_submodule(path)
-        with self.lock:
+        with self._grouping:
             if module not in self._grouped:
                 rows = prepared.watched.rows.get(path)
                 self._grouped[module] = GroupedModule(module, self.plan_path(task, path), self._active, rows)
@@ -205,6 +211,12 @@ class BaseModel:
         if not backbone:
             return f".{path}" if task == "embedding" else path
         return path.removeprefix(backbone) if path.startswith(backbone + ".") else path
+
+    def _await(self, plan: BatchPlan) -> None:
+        """Let the device, not this thread, wait for adapters that are still being copied to it."""
+        for segment in plan.segments:
+            if segment.adapter is not None and segment.adapter.arrived is not None:
+                segment.adapter.arrived.wait()
 
     def _read(self, task: TaskKind) -> TaskModel:
         backbone = None if self._shared is None else self._backbone

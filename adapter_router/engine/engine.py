@@ -13,14 +13,15 @@ import torch
 
 from adapter_router.adapters.convert import idle_modules, norms
 from adapter_router.adapters.validate import Request
-from adapter_router.catalog.adapters import Catalog, each_version
+from adapter_router.catalog.addressing import each_version
+from adapter_router.catalog.names import Names
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.forward import Forward, Work
 from adapter_router.engine.generation import Generated, GenerationWork, Generator
 from adapter_router.engine.leasing import Job, Leases, name_of
-from adapter_router.engine.reading import Loaded
+from adapter_router.engine.reading import Loaded, Obtain, admitted_copy
 from adapter_router.engine.residency import Residency
 from adapter_router.engine.tasks.answering import Given, Reader, answerer, text_prefix
 from adapter_router.engine.tasks.parameters import generation
@@ -37,9 +38,12 @@ from adapter_router.types import (
     AdapterVersion,
     Array,
     BaseInfo,
+    Capacity,
     EmbeddingSettings,
     GenerationEvent,
+    HeldAdapter,
     LoadReport,
+    ResidencyChange,
     Row,
     RowOutcome,
     RowResult,
@@ -57,8 +61,11 @@ _UNSEEN = "token_type_ids"
 class Engine:
     """One base model and the adapters on it. Every method may be called from any thread."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the base. Raises ValueError or OSError when it cannot be had as configured."""
+    def __init__(self, config: EngineConfig, obtain: Obtain = admitted_copy) -> None:
+        """Load the base. Raises ValueError or OSError when it cannot be had as configured.
+
+        ``obtain``: finds this node's copy of a cold adapter, or fetches it; called by many threads at once.
+        """
         self.config = config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -67,9 +74,9 @@ class Engine:
         self.base = BaseModel(config)
         self.metrics = EngineMetrics()
         self.metrics.base_bytes.set(self.base.num_bytes)
-        self._residency = Residency(self.base, config.adapter_memory_bytes, self.metrics)
+        self._residency = Residency(self.base, config, obtain, self.metrics)
         self._leases = Leases(self._residency, self.metrics)
-        self._catalog = Catalog()
+        self._catalog = Names()
         self._forward = Forward(self.base, self.metrics)
         self._generator = Generator(self.base)
 
@@ -113,15 +120,21 @@ class Engine:
             self.evict(version.digest)
 
     def admit(
-        self, adapter: str, stored: StoredAdapter, task: TaskKind | None = None, labels: Sequence[str] | None = None
+        self,
+        adapter: str,
+        stored: StoredAdapter,
+        task: TaskKind | None = None,
+        labels: Sequence[str] | None = None,
+        keep: bool = True,
     ) -> LoadReport:
-        """Check ``stored`` against the base and make it resident, without registering a name for it.
+        """Check ``stored`` against the base, without registering a name for it, and if ``keep`` make it resident.
 
-        Raises AdapterRejected with every problem.
+        One that is not kept evicts nobody. Raises AdapterRejected with every problem.
         """
         if task is not None and task not in TASK_KINDS:
             raise AdapterRejected.because([f"task {task!r} is not served; served are {', '.join(TASK_KINDS)}"])
-        loaded = self._residency.register(stored, Request(task, tuple(labels) if labels is not None else None))
+        request = Request(task, tuple(labels) if labels is not None else None)
+        loaded = self._residency.admit(stored, request, keep=keep)
         tensors, spec = loaded.tensors, self.base.task(loaded.tensors.task).spec
         version = AdapterVersion(
             adapter,
@@ -133,18 +146,54 @@ class Engine:
             tensors.embedding,
             brings_head=any(spec.is_head(path) for path in (*tensors.saved, *tensors.replaced)),
             num_bytes=loaded.num_bytes,
+            base=self.base.fingerprint,
         )
         report = _report(version, loaded)
         logger.info("adapter %s %s: %d modules", adapter, stored.digest, len(report.modules))
         return report
 
+    def warm(self, version: AdapterVersion) -> None:
+        """Make an adapter resident, and wait for it. Raises what keeps it from being served."""
+        self._residency.acquire(version)
+        self._residency.release(version.digest)
+
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Start making an adapter resident; what goes wrong is told to the rows that ask for it."""
+        self._residency.prefetch(version)
+
+    def pin(self, version: AdapterVersion) -> None:
+        """Make an adapter resident and never evict it.
+
+        Raises as ``warm``, and InvalidRequest where pinned adapters hold their share of the memory already.
+        """
+        self._residency.pin(version)
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted again."""
+        self._residency.unpin(digest)
+
     def evict(self, digest: str) -> None:
-        """Free the device memory of an idle adapter; it is read again when a row asks for it."""
+        """Free the memory of an adapter, pinned or not; it is read again when a row asks for it."""
         self._residency.drop(digest)
 
     def resident(self) -> list[str]:
         """Digests of the adapters on the device, least recently used first."""
         return self._residency.resident()
+
+    def changes(self, since: int) -> ResidencyChange:
+        """Whose rows would run at once now and would not have at revision ``since``, and the other way round.
+
+        Revision 0 is that of an empty engine.
+        """
+        return self._residency.changes(since)
+
+    def residency(self) -> list[HeldAdapter]:
+        """Every adapter in memory."""
+        return self._residency.held()
+
+    def capacity(self) -> Capacity:
+        """How much of the memory for adapters is taken."""
+        return self._residency.capacity()
 
     @property
     def load_s(self) -> float:

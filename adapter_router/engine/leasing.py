@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from adapter_router.catalog.mixing import spelled
 from adapter_router.engine.inputs import EncodedRow
-from adapter_router.engine.residency import Residency
+from adapter_router.engine.residency import PATIENCE_S, Residency
 from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.engine.tasks.answering import Answerer
 from adapter_router.errors import AdapterRouterError
@@ -54,38 +56,33 @@ class Leases:
     ) -> Iterator[tuple[list[Job], dict[str, ResidentAdapter] | AdapterRouterError]]:
         """``jobs`` in groups whose adapters are leased while the caller works on them, or with what keeps them out.
 
-        Resident adapters at once, cold ones as the loader brings them in. No lease is held while waiting for one.
+        Those in memory at once, cold ones as they come in. No lease is held while waiting for one.
         """
-        leased: dict[str, ResidentAdapter] = {}
-        for digest, version in _versions(jobs).items():
-            resident = self._residency.try_acquire(digest)
-            if resident is not None:
-                leased[digest] = resident
-            else:
-                self._residency.prefetch(version)
-        bare = [job for job in jobs if job.version is None]
-        ready, waiting = _split([job for job in jobs if job.version], leased)
-        self._metrics.hits.inc(len(ready))
-        self._metrics.misses.inc(len(waiting))
-        with self._releasing(leased):
-            if bare or ready:
-                yield [*bare, *ready], leased
-        while waiting:
-            versions = _versions(waiting)
-            first, version = versions.popitem()
-            try:
-                leased = {first: self._residency.acquire(version)}
-            except AdapterRouterError as error:
-                failed, waiting = _split(waiting, {first})
-                yield failed, error
-                continue
-            with self._releasing(leased):
-                for digest in versions:
-                    resident = self._residency.try_acquire(digest)
-                    if resident is not None:
-                        leased[digest] = resident
+        waiting = [job for job in jobs if job.version]
+        versions = {job.version.digest: job.version for job in waiting if job.version}
+        rows = Counter(job.version.digest for job in waiting if job.version)
+        tickets = self._residency.request(versions, rows)
+        deadline = time.monotonic() + PATIENCE_S
+        try:
+            found = self._residency.collect(tickets)
+            hits = sum(rows[digest] for digest, one in found.items() if isinstance(one, ResidentAdapter))
+            self._metrics.hits.inc(hits)
+            self._metrics.misses.inc(len(waiting) - hits)
+            bare = [job for job in jobs if job.version is None]
+            while bare or found or tickets:
+                leased = {digest: one for digest, one in found.items() if isinstance(one, ResidentAdapter)}
                 ready, waiting = _split(waiting, leased)
-                yield ready, leased
+                with self._releasing(leased):
+                    if bare or ready:
+                        yield [*bare, *ready], leased
+                for digest, error in found.items():
+                    if isinstance(error, AdapterRouterError):
+                        failed, waiting = _split(waiting, {digest})
+                        yield failed, error
+                bare = []
+                found = self._residency.collect(tickets, deadline) if tickets else {}
+        finally:
+            self._residency.withdraw(tickets)
 
     @contextmanager
     def _releasing(self, leased: dict[str, ResidentAdapter]) -> Iterator[None]:
@@ -100,7 +97,3 @@ def _split(jobs: Sequence[Job], digests: Container[str]) -> tuple[list[Job], lis
     """Jobs whose adapter is among ``digests``, and the others."""
     ready = [job for job in jobs if job.version and job.version.digest in digests]
     return ready, [job for job in jobs if not (job.version and job.version.digest in digests)]
-
-
-def _versions(jobs: Sequence[Job]) -> dict[str, AdapterVersion]:
-    return {job.version.digest: job.version for job in jobs if job.version}

@@ -1,4 +1,4 @@
-"""A converted adapter -> its form on the device."""
+"""A converted adapter -> its form on the device, in host memory still."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from adapter_router.adapters.adapter_tensors import AdapterTensors
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
-from adapter_router.adapters.validate import AdapterTensors
 from adapter_router.engine.base_model import BaseModel, PreparedTask
 from adapter_router.engine.reading import Loaded
-from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter
+from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter, owned
+from adapter_router.engine.transfer import HOST
 from adapter_router.errors import AdapterRejected
 
 
 def place(digest: str, loaded: Loaded, base: BaseModel) -> ResidentAdapter:
-    """Copy what ``loaded`` changes to the base's device and let the modules it acts on be grouped."""
+    """Copy what ``loaded`` changes into the layout that a forward reads, and let the modules it acts on be grouped."""
     adapter, delta = loaded.tensors, loaded.converted.delta
     prepared = base.task(adapter.task)
-    heads = _heads(adapter, delta, base, prepared)
+    heads = _heads(adapter, delta, prepared)
     attention = {path for path in delta.modules if _kind(prepared, path) == "attention"}
     deltas = {
         path: DeviceDelta.of(
             module,
-            base.device,
+            HOST,
             transposed=_kind(prepared, path) in ("linear", "embedding"),
             folded=base.dtype == torch.float32,
         )
@@ -83,21 +84,21 @@ def _kind(prepared: PreparedTask, path: str) -> str | None:
     return spec.kind if spec else None
 
 
-def _heads(adapter: AdapterTensors, delta: AdapterDelta, base: BaseModel, prepared: PreparedTask) -> dict[str, Head]:
+def _heads(adapter: AdapterTensors, delta: AdapterDelta, prepared: PreparedTask) -> dict[str, Head]:
     model = prepared.model
     heads: dict[str, Head] = {
-        path: model.build_head(path, parameters, adapter.num_labels) for path, parameters in delta.saved.items()
+        path: model.build_head(path, parameters, adapter.num_labels, HOST) for path, parameters in delta.saved.items()
     }
     for path, changes in delta.parameters.items():
-        heads[path] = ChangedModule(model.model.get_submodule(path), _on(changes, base.device))
+        heads[path] = ChangedModule(model.model.get_submodule(path), _owned(changes))
     for path, module in delta.modules.items():
         if _kind(prepared, path) == "attention":
-            heads[path] = ChangedModule(model.model.get_submodule(path), _on(attention_changes(module), base.device))
+            heads[path] = ChangedModule(model.model.get_submodule(path), _owned(attention_changes(module)))
     return heads
 
 
-def _on(changes: Mapping[str, ParameterDelta], device: torch.device) -> dict[str, ParameterDelta]:
-    return {name: replace(change, a=change.a.to(device), b=change.b.to(device)) for name, change in changes.items()}
+def _owned(changes: Mapping[str, ParameterDelta]) -> dict[str, ParameterDelta]:
+    return {name: replace(change, a=owned(change.a), b=owned(change.b)) for name, change in changes.items()}
 
 
 def attention_changes(delta: ModuleDelta) -> dict[str, ParameterDelta]:

@@ -1,4 +1,4 @@
-"""Adapters on the device: read, validated and installed by one loader thread, leased to forwards, evicted when idle.
+"""Adapters for forwards: leased where they are in memory, loaded where they are not. One lock, held for bookkeeping.
 
 The forward thread never loads. A thread that waits for an adapter holds no lease while it waits, and a lease is only
 held across a forward, so room always comes free and waiting threads cannot block each other.
@@ -9,186 +9,226 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from typing import Any
 
 from adapter_router.adapters.validate import Request
 from adapter_router.catalog.store import StoredAdapter
+from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
-from adapter_router.engine.placing import place
-from adapter_router.engine.reading import Loaded, Reader
+from adapter_router.engine.loading import Arrival, Loading
+from adapter_router.engine.reading import Loaded, Obtain
 from adapter_router.engine.resident import ResidentAdapter
-from adapter_router.engine.slots import SlotTable
+from adapter_router.engine.tiers import Tiers
+from adapter_router.engine.transfer import Transfer
 from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable, InternalError
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion, TaskKind
+from adapter_router.types import AdapterVersion, Capacity, HeldAdapter, ResidencyChange, TaskKind
 
 logger = logging.getLogger(__name__)
 
-_MOST_REFUSED = 256
+PATIENCE_S = 60.0  # for an adapter to come, and for room to come free
 _SMOOTHING = 0.2  # weight of the newest load in the running mean
+
+Ticket = Future[ResidentAdapter]
+"""One thread's wish for an adapter: done once it is on the device and leased for that thread, or with what failed."""
 
 
 @dataclass(eq=False)
-class _Ticket:
-    """One thread's wish for an adapter; ``resident`` once it is installed and leased for that thread."""
+class _Load:
+    """An adapter on its way, and who waits for it."""
 
-    resident: ResidentAdapter | None = None
+    since: float = field(default_factory=time.monotonic)
+    tickets: list[Ticket] = field(default_factory=list)
+
+    def fail(self, error: AdapterRouterError) -> None:
+        """Tell everybody who waits."""
+        for ticket in self.tickets:
+            ticket.set_exception(error)
+        self.tickets.clear()
 
 
 class Residency:
-    """Which adapters are on the device, by digest. Thread-safe."""
+    """Adapters by digest. Thread-safe."""
 
-    def __init__(self, base: BaseModel, budget_bytes: int, metrics: EngineMetrics) -> None:
+    def __init__(self, base: BaseModel, config: EngineConfig, obtain: Obtain, metrics: EngineMetrics) -> None:
         self.load_s = 0.05  # running mean; a guess until the first load
-        self._base = base
-        self._reader = Reader(base)
+        self._fingerprint = base.fingerprint
         self._metrics = metrics
-        self._slots = SlotTable(budget_bytes)
-        self._resident: dict[str, ResidentAdapter] = {}
+        self._tiers = Tiers(config.adapter_memory_bytes, config.host_memory_bytes, Transfer(base.device), metrics)
+        self._loading = Loading(base, obtain, config.loader_threads, self._tiers.unfit, metrics)
+        self._loads: dict[str, _Load] = {}
         self._tasks: dict[str, TaskKind] = {}
-        # Problems of mixes by version and name, oldest first: they name the parts, which others call otherwise.
-        self._refused: dict[tuple[str, str], tuple[str, ...]] = {}
-        self._loading: dict[str, Future[None]] = {}
-        self._tickets: defaultdict[str, list[_Ticket]] = defaultdict(list)
         self._changed = threading.Condition()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+        self._closed = False
 
-    def register(self, stored: StoredAdapter, request: Request) -> Loaded:
-        """Validate ``stored`` against the base and install it; blocks the caller, not the forward.
+    # -- rows ----------------------------------------------------------------------------------------------------
 
-        Raises AdapterRejected with every problem; nothing is installed then.
+    def request(self, versions: Mapping[str, AdapterVersion], rows: Mapping[str, int]) -> dict[str, Ticket]:
+        """Ask for adapters, by digest; ``rows`` that want each. Those in memory are leased at once, if they fit."""
+        with self._changed:
+            for digest, count in rows.items():
+                self._tiers.popularity.used(digest, count)
+            # Those on the device first: room for the others must not be made at their cost.
+            order = sorted(versions, key=lambda digest: not self._tiers.on_device(digest))
+            return {digest: self._ticket(versions[digest]) for digest in order}
+
+    def collect(
+        self, tickets: dict[str, Ticket], deadline: float | None = None
+    ) -> dict[str, ResidentAdapter | AdapterRouterError]:
+        """Take those of ``tickets`` that are done out of it.
+
+        ``deadline``: wait for one until then (``time.monotonic``), when all that is left is given up.
         """
-        try:
-            return self._loader.submit(self._load, stored.digest, lambda: self._reader.read(stored, request)).result()
-        except (CancelledError, RuntimeError) as error:
-            raise AdapterUnavailable("the engine is closing") from error
+        if deadline is not None:
+            wait_for(tickets.values(), max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
+        done = [digest for digest, ticket in tickets.items() if ticket.done()]
+        found = {digest: _outcome(tickets.pop(digest)) for digest in done}
+        if deadline is not None and not found:
+            late = AdapterUnavailable(f"the adapter could not be loaded within {PATIENCE_S:.0f} s; try again later")
+            found = dict.fromkeys(tickets, late)
+            self.withdraw(tickets)
+        return found
 
-    def acquire(self, version: AdapterVersion) -> ResidentAdapter:
-        """Lease the adapter, loading it first when it is cold. Raises AdapterUnavailable or AdapterRejected."""
-        while True:
-            with self._changed:
-                resident = self._lease(version.digest)
-                if resident is not None:
-                    return resident
-                future = self._start_loading(version)
-                ticket = _Ticket()
-                self._tickets[version.digest].append(ticket)
-            wait([future])
-            with self._changed:
-                if ticket.resident is not None:  # leased for us when it was installed
-                    return ticket.resident
-                self._tickets[version.digest].remove(ticket)
-            if future.cancelled():
-                raise AdapterUnavailable("the engine is closing")
-            error = future.exception()
-            if error is not None:
-                raise error
-
-    def try_acquire(self, digest: str) -> ResidentAdapter | None:
-        """Lease the adapter if it is resident."""
+    def withdraw(self, tickets: dict[str, Ticket]) -> None:
+        """Give up waiting, and give back what came in the meantime."""
         with self._changed:
-            return self._lease(digest)
-
-    def prefetch(self, version: AdapterVersion) -> None:
-        """Start loading a cold adapter; one that fails is tried again by whoever acquires it."""
-        with self._changed:
-            if version.digest not in self._resident:
-                self._start_loading(version)
+            for digest, ticket in tickets.items():
+                if not ticket.done():
+                    load = self._loads.get(digest)
+                    if load is not None and ticket in load.tickets:
+                        load.tickets.remove(ticket)
+                elif ticket.exception() is None:
+                    self.release(digest)
+            tickets.clear()
+            self._changed.notify_all()
 
     def release(self, digest: str) -> None:
         """Give one lease back."""
         with self._changed:
-            self._slots.release(digest)
+            self._tiers.release(digest)
+            self._changed.notify_all()
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def admit(self, stored: StoredAdapter, request: Request, *, keep: bool) -> Loaded:
+        """Check ``stored`` against the base; blocks the caller, not the forward.
+
+        ``keep``: and put it on the device. Otherwise it stays in host memory while nobody else wants the room. Raises
+        AdapterRejected with every problem; nothing is kept then.
+        """
+
+        def finish(arrival: Arrival) -> None:
+            self._arrived(arrival)
+            if keep:
+                self._install(_Load(), arrival.adapter, needed=True)
+            else:
+                with self._changed:
+                    self._tiers.keep(arrival.adapter, into_free_room=True)
+
+        try:
+            return self._loading.admit(stored, request, finish).result()
+        except CancelledError as error:
+            raise AdapterUnavailable("the engine is closing") from error
+
+    def acquire(self, version: AdapterVersion) -> ResidentAdapter:
+        """Lease the adapter, loading it first when it is cold. Raises AdapterUnavailable, AdapterRejected and so on."""
+        tickets = self.request({version.digest: version}, {version.digest: 1})
+        (found,) = self.collect(tickets, time.monotonic() + PATIENCE_S).values()
+        if isinstance(found, AdapterRouterError):
+            raise found
+        return found
+
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Start loading a cold adapter; what goes wrong is told to whoever asks for it."""
+        self.withdraw(self.request({version.digest: version}, {}))
+
+    def pin(self, version: AdapterVersion) -> None:
+        """Load the adapter if need be, and keep it on the device. Raises as ``acquire``; InvalidRequest if too many."""
+        self.acquire(version)
+        try:
+            with self._changed:
+                self._tiers.pin(version.digest)
+        finally:
+            self.release(version.digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted again."""
+        with self._changed:
+            self._tiers.unpin(digest)
             self._changed.notify_all()
 
     def drop(self, digest: str) -> None:
         """Free an adapter's memory now, and that of mixes with it; what is in use is left to eviction."""
         with self._changed:
             self._tasks.pop(digest, None)
-            wanted = [known for known, held in self._resident.items() if known == digest or digest in held.parts]
-            for idle in wanted:
-                if not self._slots.leased(idle):
-                    self._evict(idle)
+            self._tiers.drop(digest)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop loading and free all memory."""
+        with self._changed:
+            self._closed = True
+            for load in self._loads.values():
+                load.fail(AdapterUnavailable("the engine is closing"))
+            self._changed.notify_all()
+        self._loading.close()
+        with self._changed:
+            self._tiers.clear()
+
+    # -- what is where -------------------------------------------------------------------------------------------
 
     def resident(self) -> list[str]:
         """Digests on the device, least recently used first."""
         with self._changed:
-            return [digest for digest in self._slots.resident() if digest in self._resident]
+            return self._tiers.resident()
 
-    def close(self) -> None:
-        """Stop the loader thread and free the device."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        self._resident.clear()
+    def changes(self, since: int) -> ResidencyChange:
+        """What came into memory and what left it after revision ``since``."""
+        with self._changed:
+            return self._tiers.changes(since)
 
-    def _lease(self, digest: str) -> ResidentAdapter | None:
-        resident = self._resident.get(digest)
-        if resident is not None:
-            self._slots.lease(digest)
-        return resident
+    def held(self) -> list[HeldAdapter]:
+        """Every adapter in memory."""
+        with self._changed:
+            return self._tiers.held()
 
-    def _start_loading(self, version: AdapterVersion) -> Future[None]:
-        if version.digest not in self._loading:
-            try:
-                self._loading[version.digest] = self._loader.submit(self._load_cold, version)
-            except RuntimeError as error:  # the executor has been shut down
-                raise AdapterUnavailable("the engine is closing") from error
-        return self._loading[version.digest]
+    def capacity(self) -> Capacity:
+        """How much of the memory is taken."""
+        with self._changed:
+            return self._tiers.capacity()
 
-    def _load_cold(self, version: AdapterVersion) -> None:
+    # -- loads; the lock is held, unless said otherwise ------------------------------------------------------------
+
+    def _ticket(self, version: AdapterVersion) -> Ticket:
+        ticket: Ticket = Future()
         try:
-            if version.digest not in self._resident:
-                self._load(version.digest, lambda: self._read(version))
-        finally:
-            with self._changed:
-                self._loading.pop(version.digest, None)
-
-    def _read(self, version: AdapterVersion) -> Loaded:
-        """A mix is only read where its parts fit, and is refused at once when it was before: no part of it changes."""
-        if not version.parts:
-            return self._reader.read_version(version)
-        key = (version.digest, version.adapter)
-        if key in self._refused:
-            raise AdapterRejected.because(self._refused[key])
-        try:
-            self._check_size(version.num_bytes, is_mix=True)
-            return self._reader.read_version(version)
-        except AdapterRejected as error:
-            self._refused[key] = error.problems
-            while len(self._refused) > _MOST_REFUSED:
-                self._refused.pop(next(iter(self._refused)))
-            raise
-
-    def _load(self, digest: str, read: Callable[[], Loaded]) -> Loaded:
-        start = time.perf_counter()
-        try:
-            loaded = read()
-            self._check_task(digest, loaded)
-            self._check_size(loaded.num_bytes, is_mix=bool(loaded.parts))
-            self._install(digest, loaded)
-            if not loaded.parts:
-                self._tasks[digest] = loaded.tensors.task
+            self._check_version(version)
+            resident = self._tiers.lease(version.digest)
+            if resident is not None:
+                ticket.set_result(resident)
+            else:
+                self._load_for(version).tickets.append(ticket)
         except AdapterRouterError as error:
-            self._metrics.load_failed(error)
-            raise
+            ticket.set_exception(error)
         except Exception as error:
-            logger.exception("loading adapter %s failed", digest)
-            failure = InternalError(f"loading the adapter failed: {type(error).__name__}")
-            self._metrics.load_failed(failure)
-            raise failure from error
-        seconds = time.perf_counter() - start
-        if not loaded.parts:
-            self.load_s += _SMOOTHING * (seconds - self.load_s)
-        self._metrics.loaded(seconds)
-        return loaded
+            logger.exception("adapter %s cannot be brought to the device", version.digest)
+            ticket.set_exception(InternalError(f"the adapter cannot be brought to the device: {type(error).__name__}"))
+        return ticket
 
-    def _check_task(self, digest: str, loaded: Loaded) -> None:
-        """One content serves one task: what is resident is told by its digest alone. A mix's digest has its task."""
-        if loaded.parts:
-            return
-        task = loaded.tensors.task
+    def _check_version(self, version: AdapterVersion) -> None:
+        """What is in memory is told by its digest alone, so that the rest of a version must be right for it."""
+        if version.base and version.base != self._fingerprint:
+            raise AdapterRejected.because(
+                [f"{version.adapter} belongs to the base {version.base:.80}, this one is {self._fingerprint}"]
+            )
+        if not version.parts:
+            self._check_task(version.digest, version.task)
+
+    def _check_task(self, digest: str, task: TaskKind) -> None:
         known = self._tasks.get(digest, task)
         if known != task:
             raise AdapterRejected.because(
@@ -198,47 +238,93 @@ class Residency:
                 ]
             )
 
-    def _check_size(self, num_bytes: int, *, is_mix: bool) -> None:
-        if is_mix and num_bytes > self._slots.mix_bytes:
-            raise AdapterRejected.because(
-                [
-                    f"the mixed adapters need {num_bytes} bytes on the device, mixes have {self._slots.mix_bytes} of "
-                    "adapter_memory_bytes; merge them beforehand with adapter-router merge"
-                ]
-            )
-        if num_bytes > self._slots.budget_bytes:
-            raise AdapterRejected.because(
-                [f"it needs {num_bytes} bytes on the device, adapter_memory_bytes is {self._slots.budget_bytes}"]
-            )
+    def _load_for(self, version: AdapterVersion) -> _Load:
+        """The load that is under way, or a new one. Raises what a new one would only find again."""
+        load = self._loads.get(version.digest)
+        if load is not None:
+            if time.monotonic() - load.since > PATIENCE_S:
+                raise AdapterUnavailable(
+                    f"{version.adapter} has been loading for over {PATIENCE_S:.0f} s; try again later"
+                )
+            return load
+        load = _Load()
+        waiting = self._tiers.host.get(version.digest)
+        if waiting is not None:  # all it needs is room
+            future = self._loading.again(lambda: self._install(load, waiting))
+        else:
+            future = self._loading.load(version, lambda arrival: self._finish(load, arrival))
+        self._loads[version.digest] = load
+        future.add_done_callback(lambda done: self._ended(version.digest, load, done))
+        return load
 
-    def _install(self, digest: str, loaded: Loaded) -> None:
+    def _finish(self, load: _Load, arrival: Arrival) -> None:
+        """Called without the lock."""
+        self._arrived(arrival)
+        self._install(load, arrival.adapter)
+
+    def _arrived(self, arrival: Arrival) -> None:
+        """Called without the lock."""
+        adapter = arrival.adapter
         with self._changed:
-            if digest in self._resident:
-                return
-            is_mix = bool(loaded.parts)
-            self._make_room(loaded.num_bytes, is_mix)
-            self._slots.add(digest, loaded.num_bytes, is_mix=is_mix)
-        try:
-            resident = place(digest, loaded, self._base)
-        except BaseException:
-            with self._changed:
-                self._slots.remove(digest)
-            raise
+            if not adapter.parts:  # a mix's digest has its task
+                self._check_task(adapter.digest, adapter.task)
+                self._tasks[adapter.digest] = adapter.task
+                self.load_s += _SMOOTHING * (arrival.seconds - self.load_s)
+            self._tiers.popularity.loaded(adapter.digest, adapter.num_bytes, arrival.seconds)
+        self._metrics.loaded(arrival.seconds)
+
+    def _install(self, load: _Load, adapter: ResidentAdapter, *, needed: bool = False) -> None:
+        """Put ``adapter`` on the device, waiting for room while anybody waits for it. Called without the lock.
+
+        ``needed``: somebody does, without a ticket. Raises AdapterUnavailable when no room comes free.
+        """
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
-            self._resident[digest] = resident
-            for ticket in self._tickets.pop(digest, []):
-                ticket.resident = self._lease(digest)
-            self._metrics.resident(self._slots.used_bytes, len(self._resident))
+            while not self._tiers.install(adapter):
+                self._tiers.keep(adapter)
+                if not (needed or load.tickets):
+                    break
+                self._check_room(adapter)
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise AdapterUnavailable(
+                        f"no room came free on the device within {PATIENCE_S:.0f} s: all is in use"
+                    )
+            for ticket in load.tickets:
+                resident = self._tiers.lease(adapter.digest)
+                assert resident is not None
+                ticket.set_result(resident)
+            load.tickets.clear()
+            self._forget(adapter.digest, load)  # at once: who comes from now on must not wait for it
 
-    def _make_room(self, num_bytes: int, is_mix: bool) -> None:
-        """Evict until ``num_bytes`` fit, waiting for leases to come back where they must."""
-        while (victims := self._slots.room_for(num_bytes, is_mix=is_mix)) is None:
-            self._changed.wait()
-        for victim in victims:
-            self._evict(victim)
-            self._metrics.evictions.inc()
+    def _check_room(self, adapter: ResidentAdapter) -> None:
+        if self._closed:
+            raise AdapterUnavailable("the engine is closing")
+        if not self._tiers.slots.can_ever_fit(adapter.num_bytes, is_mix=bool(adapter.parts)):
+            pinned = self._tiers.slots.pinned_bytes
+            raise AdapterUnavailable(
+                f"it needs {adapter.num_bytes} bytes on the device, where pinned adapters hold {pinned} of "
+                f"{self._tiers.slots.budget_bytes}"
+            )
 
-    def _evict(self, digest: str) -> None:
-        del self._resident[digest]
-        self._slots.remove(digest)
-        self._metrics.resident(self._slots.used_bytes, len(self._resident))
+    def _ended(self, digest: str, load: _Load, future: Future[Any]) -> None:
+        """Called without the lock."""
+        with self._changed:
+            self._forget(digest, load)
+            error = AdapterUnavailable("the engine is closing") if future.cancelled() else future.exception()
+            if error is not None and not isinstance(error, AdapterRouterError):
+                logger.error("installing adapter %s failed", digest, exc_info=error)
+                error = InternalError(f"installing the adapter failed: {type(error).__name__}")
+            if error is not None:
+                load.fail(error)
+
+    def _forget(self, digest: str, load: _Load) -> None:
+        if self._loads.get(digest) is load:
+            del self._loads[digest]
+
+
+def _outcome(ticket: Ticket) -> ResidentAdapter | AdapterRouterError:
+    error = ticket.exception()
+    if error is None:
+        return ticket.result()
+    assert isinstance(error, AdapterRouterError)
+    return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from adapter_router.types import TaskKind
 
 Head = Callable[..., Any]
 """What runs in a base module's place for one adapter's rows."""
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with memory of its own and no more: a view would keep the whole file, or matrix, that it is of."""
+    exact = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if exact else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,18 @@ class DeviceDelta:
         rest = (self.dense, self.gain, self.shift, self.active_shift, self.input_scale, self.token_ids)
         return all(tensor is None for tensor in rest)
 
+    def mapped(self, change: Change) -> DeviceDelta:
+        """``change`` of every tensor."""
+        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        changed: dict[str, Any] = {n: change(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        return DeviceDelta(**changed)
+
     @classmethod
     def of(cls, delta: ModuleDelta, device: torch.device, *, transposed: bool, folded: bool) -> DeviceDelta:
         """``transposed``: factors of a linear layer; ``folded``: the scaling goes into ``b``."""
 
         def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, torch.float32).contiguous()
+            return None if tensor is None else owned(tensor.to(device, torch.float32).contiguous())
 
         def turned(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return place(tensor.to(device).t() if transposed and tensor is not None else tensor)
@@ -88,6 +102,11 @@ class ChangedModule:
         self._module = module
         self._deltas = deltas
 
+    def mapped(self, change: Change) -> ChangedModule:
+        """``change`` of every tensor that is not the base's."""
+        deltas = {name: replace(d, a=change(d.a), b=change(d.b)) for name, d in self._deltas.items()}
+        return ChangedModule(self._module, deltas)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameters = dict(self._module.named_parameters())
         changed = {
@@ -105,7 +124,7 @@ class ResidentAdapter:
     ``isolated``: modules that must run its rows apart from others', because inside them rows cannot be told apart;
     ``solo``: no module can, so that its rows run in a batch of their own.
     ``caches``: a head of it writes to the KV cache. ``invocation``: tokens from which on it is active.
-    ``parts``: of a mix, the digests of its adapters.
+    ``parts``: of a mix, the digests of its adapters. ``arrived``: on CUDA, when its copy to the device is complete.
     """
 
     digest: str
@@ -120,3 +139,17 @@ class ResidentAdapter:
     caches: bool = False
     invocation: tuple[int, ...] = ()
     parts: frozenset[str] = frozenset()
+    arrived: torch.cuda.Event | None = None
+
+    def mapped(self, change: Change) -> ResidentAdapter:
+        """``change`` of every tensor. Heads are changed in place: nobody may use this one any more."""
+        deltas = {path: delta.mapped(change) for path, delta in self.deltas.items()}
+        return replace(self, deltas=deltas, heads={path: _mapped(head, change) for path, head in self.heads.items()})
+
+
+def _mapped(head: Head, change: Change) -> Head:
+    if isinstance(head, ChangedModule):
+        return head.mapped(change)
+    assert isinstance(head, nn.Module)
+    changed: nn.Module = head._apply(change)  # type: ignore[no-untyped-call]
+    return changed

@@ -119,26 +119,27 @@ class TaskModel:
             return "softmax"
         return ACTIVATIONS.get(self.config.problem_type) or default_activation(self.config.num_labels)
 
-    def build_head(self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int) -> nn.Module:
-        """A fresh module like the base's ``path`` for ``num_labels`` labels, holding ``parameters`` on our device."""
+    def build_head(
+        self, path: str, parameters: Mapping[str, torch.Tensor], num_labels: int, device: torch.device
+    ) -> nn.Module:
+        """A fresh module like the base's ``path`` for ``num_labels`` labels, holding ``parameters`` on ``device``."""
         with self._lock:
             head: nn.Module = copy.deepcopy(self._template(num_labels).get_submodule(path))
-        device = next(self.model.parameters()).device
         placed = {name: tensor.to(device, self.dtype, copy=True) for name, tensor in parameters.items()}
         head.load_state_dict(placed, strict=True, assign=True)
-        self._fill_constants(head, self.model.get_submodule(path))
+        self._fill_constants(head, self.model.get_submodule(path), device)
         left = [name for name, tensor in (*head.named_parameters(), *head.named_buffers()) if tensor.is_meta]
         if left:
             raise RuntimeError(f"saved module {path} has tensors that no adapter file holds: {left}")
         return head.eval().requires_grad_(False)
 
-    def _fill_constants(self, head: nn.Module, own: nn.Module) -> None:
+    def _fill_constants(self, head: nn.Module, own: nn.Module, device: torch.device) -> None:
         """Buffers that no checkpoint holds are the base's."""
         for name, buffer in own.named_buffers():
             path, _, leaf = name.rpartition(".")
             target = head.get_submodule(path)
             if getattr(target, leaf).is_meta:
-                setattr(target, leaf, buffer.clone())
+                setattr(target, leaf, buffer.to(device, copy=True))
 
     def describe(self, watched: WatchedModules, fingerprint: str) -> BaseSpec:
         """What validation needs to know; ``watched``: what a probe saw."""

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from adapter_router.adapters.adapter_config import AdapterConfig, parse_adapter_config
+from adapter_router.adapters.adapter_tensors import AdapterTensors
 from adapter_router.adapters.base_spec import BaseSpec
 from adapter_router.adapters.convert import idle_modules, norms
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta
 from adapter_router.adapters.keys import listed
-from adapter_router.adapters.validate import AdapterTensors, Request
+from adapter_router.adapters.validate import Request
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.engine.reading import Reader
 from adapter_router.errors import AdapterRejected
@@ -63,7 +64,7 @@ def load_parts(
 def load(part: Part, store: ContentStore, reader: Reader, task: TaskKind | None) -> LoadedPart:
     """Raises as ``load_parts``, AdapterRejected, and ValueError for the base's head."""
     stored = _admit(part, store)
-    read = reader.read(stored, Request(task))
+    read = reader.read(stored.read(), Request(task))
     config, _ = parse_adapter_config((stored.directory / "adapter_config.json").read_bytes())
     assert config is not None  # else it would have been refused
     name = config.document.get("base_model_name_or_path")

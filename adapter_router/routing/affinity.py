@@ -1,7 +1,8 @@
 """Where an adapter's rows go: resident first, under a load bound, on rendezvous homes. Pure: no clock, no I/O.
 
 Hashing alone overloads a hot adapter's home; bounded hashing alone spills too eagerly; residency first, with a bound
-and a price on each new copy, keeps both the tail and the loads low.
+and a price on each new copy, keeps both the tail and the loads low. A load in flight counts as a copy that is coming:
+rows of a cold adapter arrive in bunches, and sent apart they would each pay for a load of their own.
 """
 
 from __future__ import annotations
@@ -19,24 +20,29 @@ _NEW_HOMES = 2
 def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], config: RoutingConfig) -> ReplicaState:
     """The replica for ``num_rows`` rows of one adapter; ``states`` is not empty and holds the load so far.
 
-    Candidates are the holders and the first two rendezvous homes among the others. One that already holds more than
-    ``(1 + load_slack) * mean + max_batch_rows`` rows is passed over. The rest are priced in seconds: the backlog, plus
-    for a new copy the time to load it, times ``copy_penalty`` where a copy exists. Equal prices go by rendezvous
-    order, so that routers which do not talk agree.
+    Candidates are the replicas that hold the adapter or are loading it, and the first two rendezvous homes among the
+    others. One that already holds more than ``(1 + load_slack) * mean + max_batch_rows`` rows is passed over. The rest
+    are priced in seconds until the rows run: the backlog; plus a load's time where the adapter is on its way, however
+    much of it is over; plus for a new copy the loads before it and its own, the latter times ``copy_penalty`` where a
+    copy is there or coming. Equal prices go by rendezvous order, so that routers which do not talk agree.
     """
     homes = sorted(states, key=lambda state: -_weight(digest or "", state.replica))
-    holders = [state for state in homes if state.holds(digest)]
-    others = [state for state in homes if not state.holds(digest)]
-    candidates = [*holders, *others[:_NEW_HOMES]]
+    copies = [state for state in homes if state.holds(digest) or digest in state.loading]
+    others = [state for state in homes if not (state.holds(digest) or digest in state.loading)]
+    candidates = [*copies, *others[:_NEW_HOMES]]
     mean = (sum(state.rows for state in states) + num_rows) / len(states)
     bound = (1 + config.load_slack) * mean + config.max_batch_rows
     open_candidates = [state for state in candidates if state.rows + num_rows <= bound]
     if not open_candidates:
         return min(homes, key=lambda state: state.rows)
-    penalty = config.copy_penalty if holders else 1.0
+    penalty = config.copy_penalty if copies else 1.0
 
     def price(state: ReplicaState) -> float:
-        return state.backlog_s + (0.0 if state.holds(digest) else penalty * state.load_s)
+        if state.holds(digest):
+            return state.backlog_s
+        if digest in state.loading:
+            return state.backlog_s + state.load_s
+        return state.backlog_s + (len(state.loading) + penalty) * state.load_s
 
     return min(open_candidates, key=price)
 

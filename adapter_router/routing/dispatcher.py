@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,30 +28,36 @@ _REPLACEMENT_S = 30.0  # how long rows of a lost replica wait for another before
 
 
 class Send(Protocol):
-    """One call of one replica. Raises ReplicaLost when the replica is gone."""
+    """One call of one replica, whose residency is known up to ``known``. Raises ReplicaLost when it is gone."""
 
     async def __call__(
-        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
     ) -> ShardReply: ...
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """Rows of one batch for one replica. Rows of each cold adapter travel apart: nobody waits for another's load."""
+    """Rows of one batch for one replica. Those of each ``cold`` adapter travel apart: none waits for another's load."""
 
     state: ReplicaState
-    cold: bool
+    cold: str | None
     rows: list[Waiting]
     retried: bool = False
 
 
 class Dispatcher:
-    """Routes rows to the replicas that ``list_replicas`` names. Lives on one event loop."""
+    """Routes rows to the replicas that ``list_replicas`` names. Lives on one event loop; ``clock`` gives seconds."""
 
     def __init__(
-        self, send: Send, list_replicas: Callable[[], Sequence[str]], config: RoutingConfig, metrics: RouterMetrics
+        self,
+        send: Send,
+        list_replicas: Callable[[], Sequence[str]],
+        config: RoutingConfig,
+        metrics: RouterMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.fleet = Fleet()
+        self._clock = clock
         self._send = send
         self._list_replicas = list_replicas
         self._config = config
@@ -61,6 +68,10 @@ class Dispatcher:
         # In an empty context: a task made here would otherwise inherit the first caller's request id, and Ray would
         # cancel everybody's batches with that one request.
         self._loop = asyncio.get_running_loop().create_task(self._dispatch(), context=contextvars.Context())
+
+    def __len__(self) -> int:
+        """Rows that wait for a batch."""
+        return len(self._batcher)
 
     async def close(self) -> None:
         """Stop dispatching; rows in flight are abandoned."""
@@ -77,7 +88,7 @@ class Dispatcher:
         if len(self._batcher) + len(rows) > self._config.max_queued_rows:
             self._metrics.errors.labels(Overloaded.code).inc(len(rows))
             return [Overloaded(f"{len(self._batcher)} rows are waiting; try again later") for _ in rows]
-        now = time.monotonic()
+        now = self._clock()
         loop = asyncio.get_running_loop()
         waiting = [Waiting(row, version, now, loop.create_future()) for row, version in rows]
         for entry in waiting:
@@ -85,7 +96,7 @@ class Dispatcher:
         self._metrics.rows.inc(len(rows))
         self._wake.set()
         outcomes = await asyncio.gather(*(entry.answer for entry in waiting))
-        self._account(waiting, outcomes, time.monotonic() - now)
+        self._account(waiting, outcomes, self._clock() - now)
         return outcomes
 
     async def home(self, digest: str) -> str:
@@ -104,8 +115,7 @@ class Dispatcher:
     async def _step(self) -> None:
         """Start a batch if one may leave, else wait for a reason to look again."""
         self._refresh()
-        self._metrics.queued.set(len(self._batcher))
-        closes_in = self._batcher.closes_in(time.monotonic())
+        closes_in = self._batcher.closes_in(self._clock())
         free = self.fleet.free(self._config.calls_per_replica)
         if closes_in == 0.0 and free:
             self._start_or_fail(self._batcher.take(len(free)))
@@ -131,13 +141,13 @@ class Dispatcher:
     def _start(self, batch: Sequence[Waiting]) -> None:
         if not batch:
             return
-        now = time.monotonic()
+        now = self._clock()
         for entry in batch:
             self._metrics.queue_seconds.observe(now - entry.arrived)
         shards = self._shards(batch)
         # Cold shards wait for their adapters and form a batch of their own.
         for cold in (False, True):
-            rows = [entry for shard in shards if shard.cold == cold for entry in shard.rows]
+            rows = [entry for shard in shards if (shard.cold is not None) == cold for entry in shard.rows]
             if rows:
                 self._metrics.batches.inc()
                 self._metrics.batch_rows.observe(len(rows))
@@ -152,20 +162,19 @@ class Dispatcher:
         for entry in batch:
             by_adapter[entry.digest].append(entry)
         shards: dict[tuple[str, str | None], _Shard] = {}
-        for digest, entries in by_adapter.items():
-            for start in range(0, len(entries), self._config.max_batch_rows):
-                part = entries[start : start + self._config.max_batch_rows]
-                state = choose(digest, len(part), states, self._config)
-                cold = not state.holds(digest)
-                shard = shards.setdefault((state.replica, digest if cold else None), _Shard(state, cold, [], retried))
-                shard.rows.extend(part)
-                state.rows += len(part)  # the next choice sees this one; ``sent`` counts it for good
-        for shard in shards.values():
-            shard.state.rows -= len(shard.rows)
+        with ExitStack() as expected:  # each choice sees the ones before it; ``_spawn`` counts them for good
+            for digest, entries in by_adapter.items():
+                for start in range(0, len(entries), self._config.max_batch_rows):
+                    part = entries[start : start + self._config.max_batch_rows]
+                    state = choose(digest, len(part), states, self._config)
+                    cold = None if state.holds(digest) else digest
+                    shards.setdefault((state.replica, cold), _Shard(state, cold, [], retried)).rows.extend(part)
+                    state.sent(len(part), cold)
+                    expected.callback(state.returned, len(part), cold)
         return list(shards.values())
 
     def _spawn(self, shard: _Shard) -> None:
-        shard.state.sent(len(shard.rows), cold=shard.cold)
+        shard.state.sent(len(shard.rows), shard.cold)
         self._metrics.shards.inc()
         task = asyncio.get_running_loop().create_task(self._run(shard), context=contextvars.Context())
         self._running.add(task)
@@ -184,7 +193,7 @@ class Dispatcher:
             logger.exception("replica %s failed on %d rows", shard.state.replica, len(shard.rows))
             _resolve(shard.rows, [InternalError(f"the replica failed: {type(error).__name__}")] * len(shard.rows))
         finally:
-            shard.state.returned(len(shard.rows), cold=shard.cold)
+            shard.state.returned(len(shard.rows), shard.cold)
             self._wake.set()
             if lost is None:  # nothing is left to do here unless the call was cancelled
                 _resolve(shard.rows, [InternalError("the call was cancelled")] * len(shard.rows))
@@ -192,18 +201,18 @@ class Dispatcher:
             await self._redispatch_or_fail(shard, lost)
 
     async def _answer(self, shard: _Shard) -> None:
-        rows, versions = [entry.row for entry in shard.rows], [entry.version for entry in shard.rows]
-        if shard.cold:
-            async with shard.state.cold_calls:
-                reply = await self._send(shard.state.replica, rows, versions)
+        rows, versions, state = [e.row for e in shard.rows], [e.version for e in shard.rows], shard.state
+        if shard.cold is not None:
+            async with state.turn(shard.cold):
+                reply = await self._send(state.replica, rows, versions, state.revision)
             row_s = None
         else:
-            start = time.monotonic()
-            reply = await self._send(shard.state.replica, rows, versions)
-            row_s = (time.monotonic() - start) / len(shard.rows)
+            start = self._clock()
+            reply = await self._send(state.replica, rows, versions, state.revision)
+            row_s = (self._clock() - start) / len(shard.rows)
         if len(reply.outcomes) != len(shard.rows):
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(shard.rows)} rows")
-        self.fleet.observe(reply.replica, reply.resident, row_s, reply.load_s)
+        self.fleet.observe(reply.replica, reply.residency, row_s, reply.load_s)
         _resolve(shard.rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
 
     async def _redispatch_or_fail(self, shard: _Shard, lost: ReplicaLost) -> None:
@@ -227,13 +236,13 @@ class Dispatcher:
 
     async def _other_than(self, replica: str | None) -> str | None:
         """Wait for a living replica besides ``replica``; None when that one comes back and stays the only one."""
-        deadline = time.monotonic() + _REPLACEMENT_S
+        deadline = self._clock() + _REPLACEMENT_S
         while True:
             self._refresh()
             living = {state.replica for state in self.fleet.states()}
             if living - {replica}:
                 return replica
-            if living and time.monotonic() > deadline:
+            if living and self._clock() > deadline:
                 return None
             await asyncio.sleep(_POLL_S)
 

@@ -13,18 +13,24 @@ from starlette.exceptions import HTTPException
 from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest
 from deployments.api import (
     adapters,
+    aliases,
     classify,
     embeddings,
     image_classify,
+    lora,
+    manifest,
+    models,
     operation,
     question_answer,
+    residency,
     score,
     token_classify,
 )
 
 logger = logging.getLogger(__name__)
 
-_DIALECTS = (classify, token_classify, image_classify, question_answer, embeddings, score, adapters, operation)
+_DIALECTS = (classify, token_classify, image_classify, question_answer, embeddings, score, operation)
+_ADMIN = (models, lora, adapters, aliases, residency, manifest)
 
 # What the framework itself answers: status -> (type, code).
 _HTTP_ERRORS = {
@@ -37,7 +43,7 @@ _HTTP_ERRORS = {
 def build_http() -> FastAPI:
     """The application that Serve mounts on the router."""
     http = FastAPI(title="adapter-router", redoc_url=None, default_response_class=AsciiJSONResponse)
-    for dialect in _DIALECTS:
+    for dialect in (*_DIALECTS, *_ADMIN):
         http.include_router(dialect.routes)
     http.add_exception_handler(AdapterRouterError, _on_error)
     http.add_exception_handler(RequestValidationError, _on_invalid_body)

@@ -27,7 +27,7 @@ class ClassifyRequest(TextRequest):
             "use_activation": self.use_activation,
         }
         return [
-            Row(inputs, self.adapter, "text-classification", parameters, self.head)
+            Row(inputs, self.adapter, "text-classification", parameters, self.head, self.sticky_key)
             for inputs in split_inputs(self.input)
         ]
 

@@ -32,7 +32,10 @@ class EmbeddingsRequest(TextRequest):
             "dimensions": self.dimensions,
             "normalize": self.normalize,
         }
-        return [Row(inputs, self.adapter, "embedding", parameters, self.head) for inputs in split_inputs(self.input)]
+        return [
+            Row(inputs, self.adapter, "embedding", parameters, self.head, self.sticky_key)
+            for inputs in split_inputs(self.input)
+        ]
 
 
 @routes.post("/v1/embeddings")

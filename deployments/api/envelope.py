@@ -51,7 +51,8 @@ class MergedAdapters(BaseModel):
 class AdapterRequest(BaseModel):
     """``model`` is an adapter's name, the base's, absent for the base, or the weights of a mix by name.
 
-    ``merged_adapters`` is a mix, too. ``head``: see ``Row``. ``user`` is accepted and ignored.
+    ``merged_adapters`` is a mix, too. ``head``: see ``Row``. ``user``: gets one version of an adapter whose traffic is
+    split, always the same.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -67,6 +68,11 @@ class AdapterRequest(BaseModel):
         if self.model and self.merged_adapters:
             raise ValueError("model and merged_adapters both say who answers; leave model out or empty")
         return self
+
+    @cached_property
+    def sticky_key(self) -> str:
+        """All rows of one caller, or else of one request, get the same version of a split adapter."""
+        return self.user or uuid.uuid4().hex
 
     @property
     def adapter(self) -> str | dict[str, float] | None:

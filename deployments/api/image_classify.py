@@ -30,7 +30,7 @@ class ImageOptions(AdapterRequest):
 
     def row(self, image: bytes) -> Row:
         parameters = {"use_activation": self.use_activation}
-        return Row(image, self.adapter, "image-classification", parameters, self.head)
+        return Row(image, self.adapter, "image-classification", parameters, self.head, self.sticky_key)
 
 
 class ImageClassifyRequest(ImageOptions):
@@ -105,8 +105,8 @@ def _decoded(text: str) -> bytes:
 
 async def _best(router: Router, options: ImageOptions, results: Sequence[RowResult]) -> list[list[dict[str, Any]]]:
     """Of each result the ``top_k`` labels, best first."""
-    base, _ = await router.models()
-    version = router.version_of(options.adapter, options.head)
+    row = options.row(b"")
+    version, base = await router.version_of(row), router.base_of(row)
     labels = (
         {version.digest: version.labels} if isinstance(version, AdapterVersion) else {base.fingerprint: base.labels}
     )

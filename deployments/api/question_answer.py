@@ -32,7 +32,9 @@ class QuestionAnswerRequest(TextRequest):
             "max_answer_len": self.max_answer_len,
             "handle_impossible_answer": self.handle_impossible_answer,
         }
-        return Row((self.question, self.context), self.adapter, "question-answering", parameters, self.head)
+        return Row(
+            (self.question, self.context), self.adapter, "question-answering", parameters, self.head, self.sticky_key
+        )
 
 
 @routes.post("/v1/question-answer")

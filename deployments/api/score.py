@@ -6,7 +6,7 @@ task says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -80,22 +80,25 @@ async def _scored(
 ) -> tuple[list[RowResult], list[float]]:
     """One score for each text on the right."""
     parameters = {"truncate_prompt_tokens": request.truncate_prompt_tokens}
-    adapter, head = request.adapter, request.head
-    if await _task(router, adapter, head) == "embedding":
-        rows = [Row(text, adapter, "embedding", parameters, head) for text in (*left, *right)]
+
+    def row(inputs: str | tuple[str, str], task: TaskKind) -> Row:
+        return Row(inputs, request.adapter, task, parameters, request.head, request.sticky_key)
+
+    if await _task(router, row(right[0], "embedding")) == "embedding":
+        rows = [row(text, "embedding") for text in (*left, *right)]
         results = await answer(router, rows)
         return results, _cosines(results[: len(left)], results[len(left) :])
     pairs = zip(list(left) * (len(right) // len(left)), right, strict=True)
-    results = await answer(router, [Row(pair, adapter, "text-classification", parameters, head) for pair in pairs])
+    results = await answer(router, [row(pair, "text-classification") for pair in pairs])
     return results, [_only_label(result) for result in results]
 
 
-async def _task(router: Router, adapter: str | Mapping[str, float] | None, head: str | None) -> TaskKind:
-    """What ``adapter`` does; the bare base classifies where it has a head for it, and embeds where it can."""
-    version = router.version_of(adapter, head)
+async def _task(router: Router, row: Row) -> TaskKind:
+    """What the row's adapter does; the bare base classifies where it has a head for it, and embeds where it can."""
+    version = await router.version_of(row)
     if isinstance(version, AdapterVersion):
         return version.task
-    base, _ = await router.models()
+    base = router.base_of(row)
     return "embedding" if base.labels is None and "embedding" in base.tasks else "text-classification"
 
 

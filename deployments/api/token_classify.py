@@ -29,7 +29,9 @@ class TokenClassifyRequest(TextRequest):
             "ignore_labels": self.ignore_labels,
         }
         texts = [self.input] if isinstance(self.input, str) else self.input
-        return [Row(text, self.adapter, "token-classification", parameters, self.head) for text in texts]
+        return [
+            Row(text, self.adapter, "token-classification", parameters, self.head, self.sticky_key) for text in texts
+        ]
 
 
 @routes.post("/v1/token-classify")

@@ -1,0 +1,88 @@
+"""Which addresses may be read: the operator's list of prefixes, compared part by part with where an address leads."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapter_router.catalog.location import resolve
+from adapter_router.catalog.sources.address import Address, parse_uri
+from adapter_router.errors import AdapterRejected
+
+_LOCAL = ("file", "package")
+
+
+class Policy:
+    """An allow-list. Immutable."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        """Raises ValueError with every prefix that is none."""
+        self._allowed = tuple(allowed)
+        self._prefixes: list[tuple[str, ...]] = []
+        problems: list[str] = []
+        for prefix in allowed:
+            scheme, bare, rest = prefix.partition("://")
+            if (bare and not rest) or prefix == "package:":
+                self._prefixes.append((prefix.removesuffix("://").removesuffix(":").lower(),))
+                continue
+            address, found = parse_uri(prefix)
+            if scheme.lower() == "hf" and "/" not in rest.rstrip("/"):
+                address, found = Address("hf", "", (rest.rstrip("/"),)), []  # an organisation
+            if address is not None and address.revision is not None:
+                found = [f"{prefix!r:.200}: a prefix has no revision"]
+            problems += found
+            if address is not None and not found:
+                try:
+                    self._prefixes.append(_parts(address))
+                except (ValueError, OSError) as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError("SourceConfig: allowed: " + "; ".join(problems))
+
+    def check(self, address: Address) -> None:
+        """Raises AdapterRejected when no prefix allows ``address``; a path is followed to where it leads."""
+        try:
+            parts = _parts(address)
+        except (ValueError, OSError) as error:
+            raise AdapterRejected.because([str(error)]) from error
+        if not any(parts[: len(prefix)] == prefix for prefix in self._prefixes):
+            real = f" leads to /{'/'.join(parts[1:])}, which" if address.scheme in _LOCAL else ""
+            raise AdapterRejected.because(
+                [
+                    f"{address}{real} is not below any prefix that adapters may be fetched from "
+                    f"({', '.join(self._allowed) or 'none'}); let the operator add one to sources.allowed"
+                ]
+            )
+
+    def check_ip(self, address: Address, ip: str) -> None:
+        """Raises AdapterRejected unless ``address``, whose host is at ``ip``, is public or named by a prefix."""
+        found = ipaddress.ip_address(ip.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        host = (address.scheme, address.authority)
+        if (found.is_global and not found.is_multicast) or any(prefix[:2] == host for prefix in self._prefixes):
+            return
+        raise AdapterRejected.because(
+            [
+                f"{address} leads to {ip}, which is not a public address; if that is intended let the operator add "
+                f"{address.scheme}://{address.authority}/ to sources.allowed"
+            ]
+        )
+
+
+def directory(address: Address) -> Path:
+    """Where a path or package leads, links followed. Raises ValueError, OSError."""
+    if address.scheme == "package":
+        home = Path(resolve(f"package:{address.authority}/")).resolve()
+        path = home.joinpath(*address.segments).resolve()
+        if not path.is_relative_to(home):
+            raise ValueError(f"{address} leads out of its package")
+        return path
+    return Path(address.segments[0]).resolve()
+
+
+def _parts(address: Address) -> tuple[str, ...]:
+    if address.scheme in _LOCAL:
+        return (address.scheme, *directory(address).parts[1:])
+    authority = (address.authority,) if address.authority else ()
+    return (address.scheme, *authority, *address.segments)

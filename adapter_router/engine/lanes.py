@@ -1,0 +1,103 @@
+"""Threads that work in lanes: what hangs in one lane holds up nobody in another.
+
+Threads are daemons that come with work and go without: one that hangs for ever keeps no process from ending.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from adapter_router.errors import AdapterUnavailable
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class _Lane:
+    running: int = 0
+    waiting: deque[tuple[Future[Any], Callable[[], Any]]] = field(default_factory=deque)
+
+
+class Lanes:
+    """Work by lane, each lane's in the order it came. Thread-safe."""
+
+    def __init__(self, name: str, width: int, most: int) -> None:
+        """At most ``width`` threads in one lane and ``most`` altogether."""
+        self._name = name
+        self._width = width
+        self._most = most
+        self._lanes: dict[str, _Lane] = {}
+        self._threads: set[threading.Thread] = set()
+        self._started = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def submit(self, lane: str, work: Callable[[], _Result]) -> Future[_Result]:
+        """Run ``work`` in ``lane``. Raises AdapterUnavailable after ``close``."""
+        future: Future[_Result] = Future()
+        with self._lock:
+            if self._closed:
+                raise AdapterUnavailable("the engine is closing")
+            self._lanes.setdefault(lane, _Lane()).waiting.append((future, work))
+            if len(self._threads) < self._most and self._open_lane() is not None:
+                self._started += 1
+                thread = threading.Thread(target=self._run, name=f"{self._name}-{self._started}", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        return future
+
+    def close(self, timeout_s: float) -> None:
+        """Cancel what waits, and wait for what runs, but no longer than ``timeout_s`` altogether."""
+        with self._lock:
+            self._closed = True
+            waiting = [future for lane in self._lanes.values() for future, _ in lane.waiting]
+            for lane in self._lanes.values():
+                lane.waiting.clear()
+            threads = list(self._threads)
+        for future in waiting:
+            future.cancel()
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _open_lane(self) -> str | None:
+        """The lane with work and the fewest threads, if it may have another."""
+        open_lanes = [name for name, lane in self._lanes.items() if lane.waiting and lane.running < self._width]
+        return min(open_lanes, key=lambda name: self._lanes[name].running, default=None)
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            lane, future, work = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, work  # nothing is kept alive while this thread waits for other work
+            self._leave(lane)
+
+    def _next(self) -> tuple[str, Future[Any], Callable[[], Any]] | None:
+        with self._lock:
+            name = self._open_lane()
+            if name is None:
+                self._threads.discard(threading.current_thread())
+                return None
+            lane = self._lanes[name]
+            lane.running += 1
+            return (name, *lane.waiting.popleft())
+
+    def _leave(self, name: str) -> None:
+        with self._lock:
+            lane = self._lanes[name]
+            lane.running -= 1
+            if not lane.running and not lane.waiting:
+                del self._lanes[name]

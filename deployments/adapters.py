@@ -1,0 +1,285 @@
+"""What can be done with adapters: the catalog says what is meant, and the replicas of their bases follow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from adapter_router.catalog.catalog import Catalog
+from adapter_router.catalog.records import AdapterSpec, Alias, Registration, VersionRecord
+from adapter_router.catalog.registrar import Registrar
+from adapter_router.catalog.routes import Routes
+from adapter_router.catalog.sources.address import parse
+from adapter_router.catalog.sources.fetcher import Fetcher
+from adapter_router.catalog.store import ContentStore
+from adapter_router.errors import AdapterRouterError, AdapterUnavailable, InvalidRequest
+from adapter_router.types import AdapterVersion, LoadReport, Row
+from deployments.bases import Bases
+from deployments.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+_FOLLOW_S = 0.2  # how soon another router's changes are seen
+_COLD_S = 60.0  # how long a row waits for an adapter that is still being fetched or checked
+
+
+class Adapters:
+    """Every adapter of the application. Lives on the router's event loop."""
+
+    def __init__(self, catalog: Catalog, store: ContentStore, fetcher: Fetcher, bases: Bases) -> None:
+        self.catalog = catalog
+        self.registrar = Registrar(catalog, fetcher, store, bases.check, self._follow, self._became_ready)
+        self._bases = bases
+        self._routes = Routes(catalog)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Follow the catalog and work on what is unfinished, from now on."""
+        self._tasks.append(asyncio.get_running_loop().create_task(self._keep_following()))
+        self.registrar.start()
+
+    async def close(self) -> None:
+        """Stop; nothing that the catalog knows is lost."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.registrar.close()
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    async def know(self, rows: Sequence[Row]) -> set[str]:
+        """Have in memory what the adapters of ``rows`` mean; returns the names whose adapter is not servable yet."""
+        names = {name for row in rows for name in names_of(row)}
+        if missing := self._routes.missing(names):
+            await self.registrar.read(self._routes.fetch, missing)
+        return {name for name in names if self._is_pending(name)}
+
+    async def make_ready(self, names: Collection[str]) -> None:
+        """Wait until each of ``names`` is servable or refused: ``version_of`` then says which."""
+        outcomes = await asyncio.gather(*(self._make_ready(name) for name in names), return_exceptions=True)
+        for error in outcomes:
+            if isinstance(error, BaseException) and not isinstance(error, AdapterRouterError):
+                raise error
+
+    def version_of(
+        self, adapter: str | Mapping[str, float] | None, head: str | None = None, sticky_key: str | None = None
+    ) -> AdapterVersion | AdapterRouterError | None:
+        """What answers rows that name ``adapter``, a mix too; None: the bare base. ``know`` comes before."""
+        return self._routes.find(adapter, head, sticky_key)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    async def register(self, spec: AdapterSpec, *, replace: bool = False) -> Registration:
+        """Note an adapter; its files are fetched and checked in the background unless it is lazy.
+
+        Raises AdapterExists unless ``replace``; InvalidRequest, AdapterRejected for what no source can make good.
+        """
+        self._bases.check_name(spec.name)
+        if spec.base is not None:
+            self._bases.meant(spec.base)
+        parse(spec.source)
+        registration = await self.registrar.register(spec, replace=replace)
+        if replace:
+            await self._unpin_versions(spec.name)
+        return registration
+
+    def check(self, declared: Iterable[AdapterSpec]) -> None:
+        """Raise InvalidRequest with every declaration that nothing could make good."""
+        problems = []
+        for spec in declared:
+            try:
+                self._bases.check_name(spec.name)
+                parse(spec.source)
+            except AdapterRouterError as error:
+                problems += [f"{spec.name}: {problem}" for problem in error.problems or (error.message,)]
+        if problems:
+            raise InvalidRequest("; ".join(problems), "adapters", problems)
+
+    async def settled(self, name: str, timeout_s: float) -> Registration:
+        """The registration of ``name`` once nothing more will happen to it by itself, or as it is after ``timeout_s``.
+
+        A lazy one is started by this; a pinned or preloaded one is on the replicas. Raises AdapterNotFound.
+        """
+        try:
+            registration = await self.registrar.ready(name, timeout_s)
+        except AdapterUnavailable:
+            return await self.registrar.read(self.catalog.registration, name)
+        if registration.phase == "Ready" and (registration.spec.pinned or registration.spec.preload):
+            await self.settle(name)
+        return registration
+
+    async def retry(self, name: str) -> Registration:
+        """Fetch and check an adapter anew, in the background. Raises AdapterNotFound."""
+        return await self.registrar.begin_again(name)
+
+    async def retire(self, name: str, number: int) -> VersionRecord:
+        """Take a version back. Raises AdapterNotFound; InvalidRequest while a name leads to it."""
+        record = await self.registrar.write(self.catalog.retire, name, number)
+        await self._free([record.version])
+        return record
+
+    async def load(self, spec: AdapterSpec, *, replace: bool = False) -> LoadReport:
+        """Fetch, check, load and register an adapter at once; when it is refused nothing is registered."""
+        self._bases.check_name(spec.name)
+        report = await self.registrar.load(spec, replace=replace)
+        if replace:
+            await self._unpin_versions(spec.name)
+        return report
+
+    async def remove(self, name: str) -> list[AdapterVersion]:
+        """Forget an adapter and all its versions; rows already accepted finish. Raises AdapterNotFound."""
+        versions = await self.registrar.write(self.catalog.remove, name)
+        await self._free(versions)
+        return versions
+
+    async def refresh(self, name: str, *, activate: bool = True) -> VersionRecord:
+        """Look at the source again: what lies there now is a version, and meant from now on if ``activate``."""
+        record = await self.registrar.refresh(name, activate=activate)
+        await self.settle(name)
+        return record
+
+    async def set_alias(self, name: str, weights: Mapping[str, int], expected: int | None = None) -> Alias:
+        """Let ``name`` mean versions in shares. Raises InvalidRequest with every problem."""
+        self._bases.check_name(name)
+        alias = await self.registrar.write(self.catalog.set_alias, name, weights, expected=expected)
+        await self._settle_targets(alias)
+        return alias
+
+    async def rollback(self, name: str) -> Alias:
+        """Let ``name`` mean what it did before its last change."""
+        alias = await self.registrar.write(self.catalog.rollback, name)
+        await self._settle_targets(alias)
+        return alias
+
+    async def pin(self, name: str, pinned: bool) -> Registration:
+        """Keep an adapter on all replicas' devices, or no longer. Raises AdapterNotFound, or why it does not fit."""
+        registration = await self.registrar.write(self.catalog.pin, name, pinned)
+        try:
+            await self.settle(name)
+        except AdapterRouterError:
+            await self.registrar.write(self.catalog.pin, name, not pinned)
+            raise
+        return registration
+
+    async def warm(self, name: str) -> list[tuple[str, AdapterVersion]]:
+        """Load what ``name`` means on every replica of its base; returns the replicas and what each has now.
+
+        Raises why the adapter cannot be served, or the first replica's reason not to load it.
+        """
+        await self._make_ready(name)
+        meant = await self._meant(name)
+        if not meant:
+            await self.know([Row("", name)])
+            error = self.version_of(name)
+            raise error if isinstance(error, AdapterRouterError) else AdapterUnavailable(f"{name!r} has no version")
+        loaded = []
+        for version in meant:
+            outcomes = await self._tell(version, "warm", version)
+            loaded += [(replica, version) for replica in outcomes]
+            for error in outcomes.values():
+                if error is not None:
+                    raise error
+        return loaded
+
+    async def settle(self, name: str) -> None:
+        """Bring the replicas in line with the catalog on a pinned or preloaded adapter. Raises why one refuses."""
+        registration = await self.registrar.read(self.catalog.registration, name)
+        meant = await self._meant(name)
+        spec = registration.spec
+        await self._unpin_versions(name)
+        for version in meant if spec.pinned or spec.preload else ():
+            outcomes = await self._tell(version, "pin" if spec.pinned else "warm", version)
+            for error in outcomes.values():
+                if error is not None:
+                    raise error
+
+    async def align(self) -> None:
+        """Bring the replicas in line with the catalog on all that is pinned or preloaded; refusals are only logged."""
+        for pool in self._bases:
+            wanted = await self.registrar.read(self.catalog.preloaded, pool.base.fingerprint)
+            held = await pool.ask_all("residency")
+            loose = {each.digest for listed in held.values() for each in listed if each.pinned}
+            await pool.ask_all("unpin", sorted(loose - {version.digest for version, pinned in wanted if pinned}))
+            for version, pinned in wanted:
+                for error in (await pool.ask_all("pin" if pinned else "warm", version)).values():
+                    if error is not None:
+                        logger.error("adapter %s is not on every replica: %s", version.adapter, error)
+
+    # -- what the replicas hold ----------------------------------------------------------------------------------
+
+    async def ask_replicas(self, method: str) -> dict[str, tuple[Pool, object]]:
+        """What every replica of every base answers, by replica."""
+        answers = await asyncio.gather(*(pool.ask_all(method) for pool in self._bases))
+        return {r: (pool, a) for pool, asked in zip(self._bases, answers, strict=True) for r, a in asked.items()}
+
+    async def _tell(self, version: AdapterVersion, method: str, *args: object) -> dict[str, AdapterRouterError | None]:
+        pool = self._bases.of(version)
+        return {} if isinstance(pool, AdapterRouterError) else await pool.ask_all(method, *args)
+
+    async def _free(self, versions: Collection[AdapterVersion]) -> None:
+        """Let replicas forget what no adapter has any more."""
+        await self._unpin(versions)
+        for version in versions:
+            if not await self.registrar.read(self.catalog.holds, version.digest):
+                await self._tell(version, "evict", version.digest)
+
+    async def _unpin_versions(self, name: str) -> None:
+        await self._unpin(record.version for record in await self.registrar.read(self.catalog.versions, name))
+
+    async def _unpin(self, versions: Iterable[AdapterVersion]) -> None:
+        """Let replicas evict those of ``versions`` that no pinned adapter means (any more); contents may be shared."""
+        loose = {(version.base, version.digest) for version in versions}
+        for pool in self._bases:
+            base = pool.base.fingerprint
+            if digests := {digest for of, digest in loose if of == base}:
+                wanted = await self.registrar.read(self.catalog.preloaded, base)
+                digests -= {version.digest for version, pinned in wanted if pinned}
+                await pool.ask_all("unpin", sorted(digests))
+
+    async def _settle_targets(self, alias: Alias) -> None:
+        for adapter in {target.adapter for target in alias.targets}:
+            await self.settle(adapter)
+
+    async def _meant(self, name: str) -> list[AdapterVersion]:
+        routes = await self.registrar.read(self.catalog.routes, [name])
+        return [version for version, _ in routes[name].choices] if name in routes else []
+
+    # -- following the catalog -----------------------------------------------------------------------------------
+
+    async def _make_ready(self, name: str) -> None:
+        registration = await self.registrar.ready(name, _COLD_S)
+        if registration.phase == "Ready" and self._is_pending(name):
+            await self.registrar.retry(name, _COLD_S)
+        if registration.spec.pinned or registration.spec.preload:
+            await self.settle(name)
+
+    async def _became_ready(self, registration: Registration) -> None:
+        """A pinned or preloaded adapter is on all replicas as soon as it can be."""
+        if registration.spec.pinned or registration.spec.preload:
+            try:
+                await self.settle(registration.spec.name)
+            except AdapterRouterError as error:
+                logger.error("adapter %s is ready, but not on every replica: %s", registration.spec.name, error)
+
+    def _is_pending(self, name: str) -> bool:
+        """Whether rows for ``name`` have to wait for the registrar."""
+        return self._routes.is_pending(name, self._bases.served)
+
+    async def _follow(self) -> None:
+        await self.registrar.read(self._routes.follow)
+
+    async def _keep_following(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except Exception:
+                logger.exception("the catalog cannot be followed")
+            await asyncio.sleep(_FOLLOW_S)
+
+
+def names_of(row: Row) -> Iterable[str]:
+    """The adapters that ``row`` names."""
+    if isinstance(row.adapter, Mapping):
+        return [name for name in row.adapter if isinstance(name, str)]
+    return [] if row.adapter is None else [row.adapter]

@@ -1,0 +1,22 @@
+"""Names in paths. They may contain slashes (``org/name``), so what stands behind a name must be told from it.
+
+What may follow a name is a fixed list of words, and the catalog lets no name end in ``/`` and one of them: so a path
+never means two things. The words win; ``%2F`` is a slash like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Path
+from starlette.exceptions import HTTPException
+
+from adapter_router.catalog.addressing import action_of
+
+Name = Annotated[str, Path(min_length=1)]
+
+
+def refuse_action(name: str) -> None:
+    """Answer 405 where the path's end is an action that this method does not know: never act on another adapter."""
+    if action := action_of(name):
+        raise HTTPException(405, f"{action} does not take this method")

@@ -1,0 +1,84 @@
+"""The replicas of one base model, as one router sees them: who lives, how they are called, what runs where."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from ray import exceptions
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from adapter_router.catalog.records import AdapterSpec
+from adapter_router.catalog.store import StoredAdapter
+from adapter_router.config import RoutingConfig
+from adapter_router.errors import AdapterRouterError, ReplicaLost
+from adapter_router.metrics import RouterMetrics
+from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply
+from deployments import replica_view
+
+_LOST = (exceptions.RayActorError, exceptions.NodeDiedError, ReplicaUnavailableError)
+_BY_VALUE_BYTES = 1 << 20  # Serve's by-value path is the faster one, and refuses messages of 4 MiB
+
+
+class Pool:
+    """One base's replicas and the dispatcher in front of them."""
+
+    def __init__(
+        self, replicas: DeploymentHandle, base: BaseInfo, routing: RoutingConfig, metrics: RouterMetrics
+    ) -> None:
+        self.base = base
+        self.dispatcher = Dispatcher(self._send, self.living, routing, metrics)
+        self._replicas = replicas
+
+    @classmethod
+    async def of(cls, replicas: DeploymentHandle, routing: RoutingConfig, metrics: RouterMetrics) -> Pool:
+        """Waits for a replica: the base is what it says it serves."""
+        return cls(replicas, await replicas.info.remote(), routing, metrics)
+
+    def living(self) -> tuple[str, ...]:
+        """The living replicas."""
+        return replica_view.replicas(self._replicas.app_name, self._replicas.deployment_name)
+
+    async def call(self, replica: str, method: str, *args: Any, by_reference: bool = False) -> Any:
+        """Call one replica. Raises ReplicaLost when it is gone."""
+        handle = self._replicas.options(method_name=method, session_id=replica, _by_reference=by_reference)
+        try:
+            return await handle.remote(*args)
+        except _LOST as error:
+            raise ReplicaLost(f"replica {replica} was lost; try again") from error
+
+    async def ask_all(self, method: str, *args: Any) -> dict[str, Any]:
+        """What every living replica answers; one that is lost on the way, or fails, is left out."""
+        living = self.living()
+        answers = await asyncio.gather(*(self.call(r, method, *args) for r in living), return_exceptions=True)
+        return {r: answer for r, answer in zip(living, answers, strict=True) if not isinstance(answer, BaseException)}
+
+    async def check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
+        """Check a stored adapter on the replica that will be its home; a lost one's place is taken once.
+
+        Raises AdapterRejected with every problem.
+        """
+        try:
+            return await self._check(spec, stored, resident)
+        except ReplicaLost:
+            return await self._check(spec, stored, resident)
+
+    async def _check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
+        replica = await self.dispatcher.home(stored.digest)
+        report: LoadReport | AdapterRouterError = await self.call(replica, "admit", spec, stored, resident)
+        if isinstance(report, AdapterRouterError):
+            raise report
+        if resident:
+            self.dispatcher.fleet.loaded(replica, stored.digest)
+        return report
+
+    async def _send(
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
+    ) -> ShardReply:
+        by_reference = len(pickle.dumps((rows, versions))) > _BY_VALUE_BYTES
+        reply: ShardReply = await self.call(replica, "infer", rows, versions, known, by_reference=by_reference)
+        return reply

@@ -1,0 +1,328 @@
+"""The catalog and the router's memory of it against plain dictionaries, whatever is done to them in whatever order."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from sqlalchemy import text
+
+from adapter_router.catalog.catalog import Catalog
+from adapter_router.catalog.database import Database
+from adapter_router.catalog.records import PHASES, AdapterSpec
+from adapter_router.catalog.routes import Routes
+from adapter_router.catalog.tables import metadata
+from adapter_router.errors import AdapterConflict, AdapterRejected, AdapterRouterError, AdapterUnavailable
+from adapter_router.types import AdapterVersion, Source
+from tests.catalog_model import Meaning, Model, alias_of, outcome
+from tests.postgres import PostgreSQL
+
+NAMES = ("a", "b", "ab")
+ALIASES = ("prod", "b2")
+DIGESTS = tuple(f"sha256:{beginning}{'0' * 52}" for beginning in ("aaaaaaaaaaaa", "aaaaaaaaaaab", "bbbbbbbbbbbb"))
+ADDRESSES = (
+    *NAMES,
+    *ALIASES,
+    *(f"{name}@v{number}" for name in NAMES for number in (1, 2, 3)),
+    *(f"{name}@{digest[:length]}" for name in NAMES[:2] for digest in DIGESTS for length in (19, 71)),
+    "prod@v1",
+    "a@v",
+    "nothing",
+)
+BASES = ("base-1", "base-2")
+CAPACITY = 12
+
+names = st.sampled_from(NAMES)
+any_names = st.sampled_from((*NAMES, *ALIASES))
+sources = st.sampled_from((Source("/1"), Source("/2", revision="main")))
+specs = st.builds(AdapterSpec, names, sources, pinned=st.booleans(), preload=st.booleans(), lazy=st.booleans())
+versions = st.builds(
+    AdapterVersion,
+    st.just("?"),
+    st.sampled_from(DIGESTS),
+    st.just(Path("/store")),
+    st.just("text-classification"),
+    st.sampled_from((("x", "y"), ("n", "m"))),
+    st.just("softmax"),
+    base=st.sampled_from(BASES),
+    source=st.sampled_from((None, Source("/1"), Source("/2", revision="main"))),
+    num_bytes=st.integers(0, 2),
+)
+failures = st.sampled_from((None, AdapterRejected("no", None, ("one", "two\0")), AdapterUnavailable("later")))
+own_weights = st.dictionaries(
+    st.sampled_from(("v1", "v2", "v3", DIGESTS[0], DIGESTS[2][:19])), st.integers(0, 3), min_size=1, max_size=2
+)
+any_weights = st.dictionaries(
+    st.sampled_from([f"{name}@{version}" for name in NAMES for version in ("v1", "v2", DIGESTS[2])]),
+    st.integers(0, 3),
+    max_size=3,
+)
+
+
+class CatalogMachine(RuleBasedStateMachine):
+    """After every step the catalog shows what the dictionaries do, and memory nothing older than what it followed."""
+
+    open: ClassVar[Callable[[Callable[[], float]], Catalog]]
+    steps: ClassVar[int] = 0
+    refusals: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+        self.catalog = type(self).open(lambda: self.model.now)
+        self.routes = Routes(self.catalog, CAPACITY)
+        self.since_followed: list[dict[str, Meaning]] = []
+        self.revision = 0
+        self.seen: dict[str, Meaning] = dict.fromkeys(ADDRESSES)
+        self.shown: dict[str, Any] = {}
+
+    def teardown(self) -> None:
+        self.catalog.close()
+
+    def both(self, real: Callable[[], Any], model: Callable[[], Any]) -> Any:
+        """Do the same to both; they agree on whether it can be done, and on why not."""
+        expected: type[Exception] | None = None
+        try:
+            result = model()
+        except AdapterRouterError as error:
+            expected = type(error)
+            type(self).refusals += 1
+        try:
+            got = real()
+        except AdapterRouterError as error:
+            assert type(error) is expected, error
+            return None
+        assert expected is None, f"{expected} was not raised"
+        return got, result
+
+    # -- registrations -------------------------------------------------------------------------------------------
+
+    @rule(spec=specs, replace=st.booleans(), managed=st.booleans())
+    def register(self, spec: AdapterSpec, replace: bool, managed: bool) -> None:
+        self.both(
+            lambda: self.catalog.register(spec, replace=replace, managed=managed),
+            lambda: self.model.register(spec, replace=replace, managed=managed),
+        )
+
+    @rule(name=names)
+    def remove(self, name: str) -> None:
+        self.both(lambda: self.catalog.remove(name), lambda: self.model.remove(name))
+
+    @rule(name=names, phase=st.sampled_from(PHASES), error=failures, wait=st.sampled_from((None, 0, 5)), source=sources)
+    def set_phase(
+        self, name: str, phase: Any, error: AdapterRouterError | None, wait: float | None, source: Source
+    ) -> None:
+        error = error if phase == "Failed" else None
+        retry_at = None if wait is None or error is None else self.model.now + wait
+        for_source = source if wait is None else None
+        self.both(
+            lambda: self.catalog.set_phase(name, phase, error, retry_at, source=for_source),
+            lambda: self.model.set_phase(name, phase, error, retry_at, for_source),
+        )
+
+    @rule(name=names, flag=st.sampled_from(("pinned", "preload")), value=st.booleans())
+    def flag(self, name: str, flag: str, value: bool) -> None:
+        real = self.catalog.pin if flag == "pinned" else self.catalog.preload
+        self.both(lambda: real(name, value), lambda: self.model.flag(name, flag, value))
+
+    @rule(name=names, owner=st.sampled_from("xy"), seconds=st.sampled_from((1, 10)))
+    def claim(self, name: str, owner: str, seconds: float) -> None:
+        got, expected = self.both(
+            lambda: self.catalog.claim(name, owner, seconds), lambda: self.model.claim(name, owner, seconds)
+        )
+        assert got == expected
+
+    @rule(name=names, owner=st.sampled_from("xy"))
+    def release(self, name: str, owner: str) -> None:
+        self.both(lambda: self.catalog.release(name, owner), lambda: self.model.release(name, owner))
+
+    @rule(seconds=st.sampled_from((1, 7)))
+    def wait(self, seconds: float) -> None:
+        self.model.now += seconds
+
+    @rule(declared=st.lists(specs, max_size=3, unique_by=lambda spec: spec.name))
+    def reconcile(self, declared: list[AdapterSpec]) -> None:
+        found = self.catalog.drift(declared)
+        done = self.catalog.reconcile(declared)
+        self.model.reconcile(declared)
+        assert {difference.name for difference in found} == {difference.name for difference in done}
+        assert all(difference.kind == "conflict" for difference in self.catalog.drift(declared))
+
+    # -- versions and names --------------------------------------------------------------------------------------
+
+    @rule(name=names, version=versions, activate=st.booleans())
+    def add_version(self, name: str, version: AdapterVersion, activate: bool) -> None:
+        version = _of(version, name)
+        results = self.both(
+            lambda: self.catalog.add_version(name, version, activate=activate),
+            lambda: self.model.add_version(name, version, activate=activate),
+        )
+        assert results is None or results[0] == results[1]
+
+    @rule(spec=specs, version=versions, replace=st.booleans())
+    def register_version(self, spec: AdapterSpec, version: AdapterVersion, replace: bool) -> None:
+        version = _of(version, spec.name, spec.source)
+        results = self.both(
+            lambda: self.catalog.register_version(spec, version, replace=replace),
+            lambda: self.model.register_version(spec, version, replace=replace),
+        )
+        assert results is None or results[0] == results[1]
+
+    @rule(name=names, number=st.integers(1, 3))
+    def retire(self, name: str, number: int) -> None:
+        self.both(lambda: self.catalog.retire(name, number), lambda: self.model.retire(name, number))
+
+    @rule(name=names, weights=own_weights)
+    def split(self, name: str, weights: dict[str, int]) -> None:
+        if name in self.model.names:
+            self.both(lambda: self.catalog.set_alias(name, weights), lambda: self.model.set_alias(name, weights))
+
+    @rule(name=any_names, weights=any_weights)
+    def set_alias(self, name: str, weights: dict[str, int]) -> None:
+        self.both(lambda: self.catalog.set_alias(name, weights), lambda: self.model.set_alias(name, weights))
+
+    @rule(name=any_names, weights=any_weights)
+    def set_alias_late(self, name: str, weights: dict[str, int]) -> None:
+        """With a revision that is not the name's any more: nothing happens."""
+        before = self.catalog.revision()
+        with pytest.raises(AdapterConflict):
+            self.catalog.set_alias(name, weights, expected=before + 1)
+        assert self.catalog.revision() == before
+
+    @rule(name=any_names)
+    def rollback(self, name: str) -> None:
+        self.both(lambda: self.catalog.rollback(name), lambda: self.model.rollback(name))
+
+    @rule(name=any_names)
+    def remove_alias(self, name: str) -> None:
+        self.both(lambda: self.catalog.remove_alias(name), lambda: self.model.remove_alias(name))
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    @rule(wanted=st.sets(st.sampled_from(ADDRESSES), max_size=6))
+    def fetch(self, wanted: set[str]) -> None:
+        missing = self.routes.missing(wanted)
+        if missing:
+            self.routes.fetch(missing)
+        assert not self.routes.missing(wanted)
+
+    @rule()
+    def follow(self) -> None:
+        self.routes.follow()
+        self.since_followed.clear()
+
+    # -- what holds after every step -----------------------------------------------------------------------------
+
+    @invariant()
+    def the_catalog_shows_what_the_model_does(self) -> None:
+        type(self).steps += 1
+        model, catalog = self.model, self.catalog
+        registered = {r.spec.name: r for r in catalog.registrations()}
+        assert registered == {name: adapter.registration for name, adapter in model.adapters.items()}
+        assert list(registered) == sorted(registered)
+        assert catalog.num_registered() == len(registered)
+        aliases = catalog.aliases()
+        assert [alias.name for alias in aliases] == sorted(model.names)
+        assert all(alias == alias_of(model, alias.name, alias) for alias in aliases)
+        for name, adapter in model.adapters.items():
+            assert catalog.versions(name) == adapter.versions
+        assert set(catalog.unfinished()) == model.unfinished()
+
+    @invariant()
+    def every_address_means_what_it_should_and_whoever_follows_is_told(self) -> None:
+        routes = self.catalog.routes(ADDRESSES)
+        meanings: dict[str, Meaning] = {address: self.model.meaning(address) for address in ADDRESSES}
+        assert {a: (routes[a].choices, routes[a].registration) if a in routes else None for a in ADDRESSES} == meanings
+        changes = self.catalog.changes(self.revision)
+        assert changes is not None and changes[0] >= self.revision
+        changed = {address.partition("@")[0] for address in ADDRESSES if meanings[address] != self.seen[address]}
+        assert changed <= changes[1], "a change that nobody is told of"
+        events = self.catalog.events(after=self.revision)
+        assert [event.revision for event in events] == [*range(self.revision + 1, changes[0] + 1)]
+        self.revision, self.seen = changes[0], meanings
+        self.since_followed.append(meanings)
+
+    @invariant()
+    def memory_is_never_older_than_what_it_followed(self) -> None:
+        known = [address for address in ADDRESSES if not self.routes.missing([address])]
+        assert len(self.routes) <= CAPACITY
+        for address in known:
+            found = self.routes.find(address, None, "key")
+            possible = set().union(*(outcome(meanings[address]) for meanings in self.since_followed))
+            assert (type(found) if isinstance(found, AdapterRouterError) else found) in possible, address
+
+    @invariant()
+    def what_shall_be_resident_is_what_names_mean(self) -> None:
+        base = BASES[type(self).steps % 2]
+        wanted = self.catalog.preloaded(base)
+        assert {version.digest: pinned for version, pinned in wanted} == self.model.preloaded(base)
+
+
+def _of(version: AdapterVersion, name: str, source: Source | None = None) -> AdapterVersion:
+    return AdapterVersion(**{**version.__dict__, "adapter": name, "source": source or version.source})
+
+
+def _run(open_catalog: Callable[[Callable[[], float]], Catalog], examples: int, steps: int) -> type[CatalogMachine]:
+    machine = type("Machine", (CatalogMachine,), {"open": staticmethod(open_catalog)})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate,),  # to shrink takes longer than a test may
+            database=None,
+        ),
+    )
+    return machine
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory, where there is one: thousands of transactions wait for no disk."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as directory:
+        yield Path(directory)
+
+
+def test_on_sqlite(memory: Path) -> None:
+    template = memory / "template" / "catalog.db"
+    Catalog(f"sqlite:///{template}").close()
+    count = 0
+
+    def open_catalog(now: Callable[[], float]) -> Catalog:
+        nonlocal count
+        count += 1
+        shutil.rmtree(memory / str(count - 1), ignore_errors=True)
+        directory = memory / str(count)
+        shutil.copytree(template.parent, directory)
+        return Catalog(f"sqlite:///{directory}/catalog.db", now=now)
+
+    machine = _run(open_catalog, examples=210, steps=50)
+    assert machine.steps >= 10_000 and machine.refusals > 1000
+
+
+def test_on_postgresql(postgres: PostgreSQL) -> None:
+    url = postgres.new_database()
+    Catalog(url).close()
+    tables = ", ".join(table for table in metadata.tables if table != "clock")
+
+    def open_catalog(now: Callable[[], float]) -> Catalog:
+        database = Database(url)
+        with database.engine.begin() as connection:
+            connection.execute(text(f"TRUNCATE {tables}"))
+            connection.execute(text("UPDATE clock SET revision = 0, num_adapters = 0"))
+        database.close()
+        return Catalog(url, now=now)
+
+    machine = _run(open_catalog, examples=20, steps=50)
+    assert machine.steps >= 900
