@@ -179,7 +179,7 @@ class CatalogConfig:
     url: str | None = None
     store_bytes: int | None = None
     max_adapter_bytes: int = 1 << 40
-    sources: SourceConfig = field(default_factory=lambda: SourceConfig())
+    sources: SourceConfig = field(default_factory=SourceConfig)
     manifest: Path | None = None
 
     def url_of(self, application: str) -> str:

@@ -207,7 +207,7 @@ class ResidencyChange:
 
 @dataclass(frozen=True)
 class HeldAdapter:
-    """An adapter in a replica's memory. ``idle_s``: seconds since rows last used it; ``leases``: batches that do now."""
+    """An adapter in a replica's memory. ``idle_s``: seconds since its last use; ``leases``: batches that use it now."""
 
     digest: str
     tier: Literal["device", "host"]
@@ -262,7 +262,7 @@ class Source:
     """Where an adapter's files come from.
 
     ``uri``: ``file://``, ``hf://``, ``s3://``, ``gs://``, ``az://``, ``https://``, a plain path or ``package:…``.
-    ``revision``: branch, tag or commit where the place has them. ``sha256``: what must be found there: a version's
+    ``revision``: branch, tag or commit where the place has them. ``sha256``: what must be found there, a version's
     digest (``sha256:…``), or 64 hexadecimal digits of ``adapter_model.safetensors`` alone. ``secret_ref``: the name of
     the credentials to use, never the credentials.
     """

@@ -28,6 +28,7 @@ since loads wait for each other there. So a new copy goes where it costs least t
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -47,6 +48,7 @@ from benchmarks.caching.traces import (
     zipf,
 )
 from benchmarks.harness import Result, summary, write_json
+from deployments.local import local_ray
 
 _CONTENDERS = ("multiplexed", "consistent_hash", "rendezvous", "lru", "ours")
 _UNITS = {"p50_ms": "ms", "p99_ms": "ms", "requests_per_s": "1/s"}
@@ -60,7 +62,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     results = []
-    with on_ray.local_ray():
+    with local_ray(8124):
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         handles = on_ray.deploy()
         results += compare(zipf(1.0), args.seeds, lambda name, trace: on_ray.measure(name, handles[name], trace))
     for workload in (zipf(1.0), zipf(0.9), zipf(1.5), shifting(), scan()):

@@ -157,9 +157,8 @@ def _write_adapters(folder: Path, count: int) -> int:
 def _register(database: Path, adapters: Path, served: int, count: int) -> None:
     """``count`` lazy registrations, of which the first ``served`` have files of their own."""
     catalog = Catalog(f"sqlite:///{database}")
-    for index in range(count):
-        source = Source(str(adapters / _name(index % served)))
-        catalog.register(AdapterSpec(_name(index), source, lazy=True))
+    names = [(_name(index), adapters / _name(index % served)) for index in range(count)]
+    catalog.reconcile([AdapterSpec(name, Source(str(directory)), lazy=True) for name, directory in names])
     catalog.close()
 
 

@@ -154,11 +154,14 @@ class Adapters:
 
     async def pin(self, name: str, pinned: bool) -> Registration:
         """Keep an adapter on all replicas' devices, or no longer. Raises AdapterNotFound, or why it does not fit."""
+        before = await self.registrar.read(self.catalog.registration, name)
         registration = await self.registrar.write(self.catalog.pin, name, pinned)
         try:
             await self.settle(name)
         except AdapterRouterError:
-            await self.registrar.write(self.catalog.pin, name, not pinned)
+            if pinned and not before.spec.pinned:
+                await self.registrar.write(self.catalog.pin, name, False)
+                await self._unpin_versions(name)
             raise
         return registration
 

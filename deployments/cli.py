@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from deployments.commands import adapters, demo, doctor, merge, quantize, serve
 
@@ -16,3 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

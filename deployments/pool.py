@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply
 from deployments import replica_view
+
+logger = logging.getLogger(__name__)
 
 _LOST = (exceptions.RayActorError, exceptions.NodeDiedError, ReplicaUnavailableError)
 _BY_VALUE_BYTES = 1 << 20  # Serve's by-value path is the faster one, and refuses messages of 4 MiB
@@ -53,9 +56,16 @@ class Pool:
 
     async def ask_all(self, method: str, *args: Any) -> dict[str, Any]:
         """What every living replica answers; one that is lost on the way, or fails, is left out."""
-        living = self.living()
-        answers = await asyncio.gather(*(self.call(r, method, *args) for r in living), return_exceptions=True)
-        return {r: answer for r, answer in zip(living, answers, strict=True) if not isinstance(answer, BaseException)}
+        answers: dict[str, Any] = {}
+
+        async def ask(replica: str) -> None:
+            try:
+                answers[replica] = await self.call(replica, method, *args)  # an error that is returned is an answer
+            except Exception as error:
+                logger.warning("replica %s does not answer %s: %s", replica, method, error)
+
+        await asyncio.gather(*(ask(replica) for replica in self.living()))
+        return answers
 
     async def check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
         """Check a stored adapter on the replica that will be its home; a lost one's place is taken once.

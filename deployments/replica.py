@@ -51,7 +51,8 @@ class Replica:
     async def admit(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport | AdapterRouterError:
         """Check a stored adapter against the base; ``resident``: and load it here."""
         try:
-            return await self._in_thread(self._admit, spec, stored, resident)
+            report: LoadReport = await self._in_thread(self._admit, spec, stored, resident)
+            return report
         except AdapterRouterError as error:
             return error
 

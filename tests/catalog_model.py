@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from adapter_router.catalog.records import AdapterSpec, Alias, Phase, Registration, Target, VersionRecord
+from adapter_router.catalog.records import AdapterSpec, Alias, Phase, Registration, Target, Total, VersionRecord
 from adapter_router.errors import (
     AdapterConflict,
     AdapterExists,
@@ -232,6 +232,18 @@ class Model:
                     if version.base == base:
                         wanted[version.digest] = wanted.get(version.digest, False) or adapter.spec.pinned
         return wanted
+
+    def totals(self) -> dict[str, Total]:
+        """Of unretired versions, by base."""
+        totals: dict[str, Total] = {}
+        for adapter in self.adapters.values():
+            present = [record.version for record in adapter.versions if record.retired is None]
+            for base in {version.base for version in present}:
+                sizes = [version.num_bytes for version in present if version.base == base]
+                known = totals.get(base, Total(0, 0, 0))
+                more = (known.adapters + 1, known.versions + len(sizes), known.num_bytes + sum(sizes))
+                totals[base] = Total(*more)
+        return totals
 
     def reconcile(self, declared: Sequence[AdapterSpec]) -> None:
         for spec in declared:

@@ -125,3 +125,12 @@ def postgres() -> Iterator[PostgreSQL]:
     server = start_postgres()
     yield server
     server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a catalog can be made: once on each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/catalog/catalog.db"
+    server: PostgreSQL = request.getfixturevalue("postgres")
+    return server.new_database()

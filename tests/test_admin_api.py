@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def local(tiny_bert: TinyBase, hanging: str, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def directory(tiny_bert: TinyBase, tmp_path: Path) -> Path:
-    """An adapter with three labels."""
-    return tiny_bert.adapter(tmp_path / "adapter", 3, 1)
+def directory(tiny_bert: TinyBase, tmp_path: Path, name: str) -> Path:
+    """An adapter with three labels, and with content of the test's own: what tests share is never freed."""
+    return tiny_bert.adapter(tmp_path / "adapter", 3, zlib.crc32(name.encode()))
 
 
 @pytest.fixture
@@ -188,9 +189,7 @@ def test_a_source_that_may_heal_is_tried_again_by_itself(local: LocalApp, name: 
     ask(local, "DELETE", f"/v1/adapters/{name}")
 
 
-def test_waiting_ends_but_the_registration_goes_on(
-    local: LocalApp, name: str, hanging: str, directory: Path
-) -> None:
+def test_waiting_ends_but_the_registration_goes_on(local: LocalApp, name: str, hanging: str, directory: Path) -> None:
     body = {"name": name, "uri": f"{hanging}x", "wait": True, "wait_s": 0.3}
     registration = ask(local, "POST", "/v1/adapters", body, 202)
     assert registration["phase"] == "Fetching"
@@ -264,7 +263,9 @@ def test_events_tell_the_story_of_one_and_of_all(local: LocalApp, name: str, dir
 # -- names in paths --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["org/name", "versions", "a/versions-of/b", "/leading", "100% #1?&=+;ü 表", "a//b", "x/"])
+@pytest.mark.parametrize(
+    "kind", ["org/name", "versions", "a/versions-of/b", "/leading", "100% #1?&=+;ü 表", "a//b", "x/"]
+)
 def test_names_that_need_care_in_a_url(local: LocalApp, kind: str, directory: Path) -> None:
     register(local, kind, directory)
     for path in (quote(kind, safe="/"), quote(kind, safe="")):
@@ -298,9 +299,7 @@ def test_a_path_never_means_another_adapter(local: LocalApp, name: str, director
 # -- versions --------------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_source_is_another_version(
-    local: LocalApp, name: str, directory: Path, tiny_bert: TinyBase
-) -> None:
+def test_a_changed_source_is_another_version(local: LocalApp, name: str, directory: Path, tiny_bert: TinyBase) -> None:
     register(local, name, directory)
     old = version_of(local, name)
     same = ask(local, "POST", f"/v1/adapters/{name}/versions")

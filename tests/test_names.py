@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from adapter_router.catalog.addressing import each_version
 from adapter_router.catalog.names import Names
 from adapter_router.errors import AdapterExists, AdapterNotFound, InvalidRequest
-from adapter_router.types import AdapterVersion
+from adapter_router.types import AdapterVersion, Row
 
 
 def version(adapter: str, digest: str = "sha256:1") -> AdapterVersion:
@@ -109,3 +110,28 @@ def test_one_of_many_adding_the_same_name_wins(names: Names) -> None:
     with ThreadPoolExecutor(8) as pool:
         (winner,) = [digest for digest in pool.map(add, range(8)) if digest]
     assert names.find("contested") == version("contested", winner)
+
+
+def test_a_version_can_be_addressed_by_its_content(names: Names) -> None:
+    long = "sha256:" + "ab" * 32
+    names.add(version("exact", long))
+    for address in (f"exact@{long}", f"exact@{long[:19]}"):
+        assert names.find(address) == version("exact", long)
+    for address in (f"exact@{long[:18]}", f"exact@sha256:{'cd' * 32}", f"nobody@{long}", "exact@v1", "exact@"):
+        assert isinstance(names.find(address), AdapterNotFound), address
+    assert isinstance(names.find("exact", "exact"), InvalidRequest), "head is for mixes"
+
+
+def test_every_row_gets_its_own_answer() -> None:
+    """Only rows of one mix with one key share theirs: what is drawn for one is not drawn for another."""
+    asked: list[tuple[object, object, object]] = []
+
+    def find(adapter: object, head: object, key: object) -> int:
+        asked.append((adapter, head, key))
+        return len(asked)
+
+    mix = {"a": 0.5, "b": 0.5}
+    rows = [Row("x", mix, sticky_key=key) for key in ("k", "k", "l", None, None)]
+    rows += [Row("x", "a", sticky_key="k"), Row("x", mix, head="a", sticky_key="k"), Row("x"), Row("x")]
+    assert each_version(rows, find) == [1, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert asked[2] == (mix, None, None) and asked[4] == ("a", None, "k")

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_router.catalog.catalog import Catalog
-from adapter_router.catalog.routes import Routes
-from adapter_router.catalog.sources.fetcher import Fetcher
 
+from adapter_router.catalog.catalog import Catalog
 from adapter_router.catalog.records import AdapterSpec, Registration
 from adapter_router.catalog.registrar import Registrar
+from adapter_router.catalog.routes import Routes
+from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import SourceConfig
 from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRejected, AdapterUnavailable, ReplicaLost
 from adapter_router.types import AdapterVersion, LoadReport, Source
+from tests.serving import wait_for
 from tests.tiny import TinyBase
 
 BASE = "sha256:base"
@@ -54,9 +55,8 @@ class World:
 
     async def phase(self, name: str, phase: str) -> Registration:
         """Wait for a phase that comes by itself."""
-        while (registration := await self.registrar.read(self.catalog.registration, name)).phase != phase:
-            await asyncio.sleep(0.05)  # another task writes it to the database
-        return registration
+        await asyncio.to_thread(wait_for, lambda: self.catalog.registration(name).phase == phase)
+        return self.catalog.registration(name)
 
     async def _changed(self) -> None:
         await asyncio.to_thread(self.routes.follow)

@@ -21,7 +21,7 @@ _MAX_TENSORS = 32_768
 _MAX_AXES = 8
 _MAX_AXIS = 1 << 40
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_EXPONENTS = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
+_EXPONENTS: dict[str, Any] = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
 _CHUNK = 1 << 20  # numbers looked at at once: the check costs no memory of the tensor's size
 
 
@@ -55,8 +55,10 @@ def _all_finite(raw: bytes, header: dict[str, Any]) -> bool:
     dtypes = {entry["dtype"] for entry in header.values()}
     if len(dtypes) != 1:
         return False
-    exponent = _EXPONENTS[dtypes.pop()]
-    numbers = np.frombuffer(raw, exponent.dtype, offset=8 + struct.unpack("<Q", raw[:8])[0])
+    exponent, start = _EXPONENTS[dtypes.pop()], 8 + struct.unpack("<Q", raw[:8])[0]
+    if start == len(raw):
+        return True
+    numbers = np.frombuffer(raw, exponent.dtype, offset=start)
     starts = range(0, len(numbers), _CHUNK)
     return not any(((numbers[start : start + _CHUNK] & exponent) == exponent).any() for start in starts)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, delete, event, insert, make_url, select, update
-from sqlalchemy.exc import ArgumentError, DBAPIError, TimeoutError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError, TimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapter_router.catalog.schema import bring_up_to_date
@@ -103,6 +103,8 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except (IntegrityError, ProgrammingError, DataError):
+            raise  # a fault of ours, and no other time will be better
         except (DBAPIError, TimeoutError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
             raise CatalogUnavailable(f"the catalog's database does not answer as it should: {cause}") from error
@@ -150,7 +152,11 @@ def _sqlite(url: URL) -> Engine:
 def _postgresql(url: URL) -> Engine:
     try:
         engine = create_engine(
-            url, pool_size=_CONNECTIONS, max_overflow=_MOST_CONNECTIONS - _CONNECTIONS, pool_pre_ping=True
+            url,
+            pool_size=_CONNECTIONS,
+            max_overflow=_MOST_CONNECTIONS - _CONNECTIONS,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": _WAIT_S},
         )
     except ModuleNotFoundError as error:
         raise ValueError(

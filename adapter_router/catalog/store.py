@@ -8,6 +8,7 @@ into place under its digest in one rename, so several processes of a node may sh
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -239,8 +240,8 @@ class ContentStore:
             try:
                 staging.rename(stored.directory)
                 self._created[stored.digest] = made
-            except OSError:
-                if not stored.directory.is_dir():
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             ours = stored.digest in self._created
         held = hold(stored.directory)
@@ -284,17 +285,18 @@ class ContentStore:
             return True
 
     def _remove(self, digest: str, condition: Callable[[], bool] = lambda: True) -> bool:
-        """Remove a copy that nobody holds; whether it is gone."""
+        """Remove a copy that nobody holds; whether there was one."""
         directory = self._directory(digest)
         taken = take(directory)
-        if taken is None and directory.exists():
+        if taken is None:
+            self._keep_index(lambda: self.index.drop(digest, lambda: not directory.exists()))
             return False
-        if taken is not None:
-            if not condition():
-                return False
-            with self.scratch() as refused:
-                directory.rename(refused / "copy")
+        if not condition():
+            return False
+        # The index first: as soon as the copy has gone from its place another one may be put there, and noted.
         self._keep_index(lambda: self.index.drop(digest))
+        with self.scratch() as refused:
+            directory.rename(refused / "copy")
         return True
 
     def _keep_index(self, write: Callable[[], None]) -> None:

@@ -55,9 +55,9 @@ class StoreIndex:
         """``digest`` is in use just now."""
         self._run(lambda db: db.execute("UPDATE copies SET used = ? WHERE digest = ?", (time.time(), digest)))
 
-    def drop(self, digest: str) -> None:
-        """There is no copy of ``digest`` any more."""
-        self._run(lambda db: _forget(db, digest))
+    def drop(self, digest: str, condition: Callable[[], bool] = lambda: True) -> None:
+        """There is no copy of ``digest`` any more, if ``condition`` holds while nobody else can note one."""
+        self._run(lambda db: _forget(db, digest) if condition() else None)
 
     def num_bytes(self) -> int:
         """Of all copies."""

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -18,8 +19,12 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy.types import TypeEngine
+
+from adapter_router.types import is_unicode
 
 HEAD = "0001"
 
@@ -32,8 +37,24 @@ metadata = MetaData(
     }
 )
 
-# In code point order on every database, as Python sorts.
-_Name = String(200).with_variant(String(200, collation="C"), "postgresql")
+
+class _Name(TypeDecorator[str]):
+    """An adapter's or an alias' name, in code point order on every database, as Python sorts.
+
+    What no database could hold is compared as the empty name, which nobody has.
+    """
+
+    impl = String(200)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[str]:
+        collation = "C" if dialect.name == "postgresql" else None
+        return dialect.type_descriptor(String(200, collation=collation))
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        return value if value is None or (is_unicode(value) and "\0" not in value) else ""
+
+
 _Id = BigInteger().with_variant(Integer(), "sqlite")
 
 clock = Table(

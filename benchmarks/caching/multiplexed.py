@@ -35,9 +35,11 @@ class Multiplexed:
     async def forget(self) -> None:
         """Unload everything and count from nothing."""
         cache = getattr(self, "__serve_multiplex_wrapper", None)
+        if cache is not None:
+            cache._model_load_tasks.clear()  # it keeps those of requests that found another's load done
+            cache._push_multiplexed_replica_info = True  # else the routers are told with the next load only
         while cache is not None and cache.models:
             await cache.unload_model_lru()
-            cache._push_multiplexed_replica_info = True  # else the routers are told with the next load only
         self._tally = Tally()
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -31,29 +28,7 @@ _TOLD_S = 0.5  # in which Serve has passed on that no model is loaded any more
 _TIMEOUT_S = 120.0
 _CONSISTENT = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _PINNED = "deployments.request_router:PinnedRequestRouter"
-_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 _BASE = BaseInfo("none", "none", "none", ("text-classification",), None, 1)
-
-
-@contextmanager
-def local_ray() -> Iterator[None]:
-    """A Ray of our own without HTTP, stopped on leaving; replicas are called by handle."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=16,  # only counts reservations
-        include_dashboard=False,
-        object_store_memory=128 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    try:
-        serve.start(proxy_location="Disabled")
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        yield
-    finally:
-        ray.shutdown()
 
 
 def deploy() -> Mapping[str, DeploymentHandle]:

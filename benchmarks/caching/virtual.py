@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -22,13 +21,14 @@ from benchmarks.caching.replicas import SleepingReplica
 from benchmarks.caching.tally import REPLICAS
 
 _HOP_S = 0.002  # each way
+_NAMES = [f"replica{index}" for index in range(REPLICAS)]
 _PUSH_S = 0.1  # how often Serve's replicas tell of the models they hold
 _BROADCAST_S = 0.05  # until the routers know
 _BACKOFF_S = 0.025
 
 
 def measure(contender: str, trace: Sequence[str]) -> Figures:
-    """One contender's figures for one trace; every call has replicas of other names."""
+    """One contender's figures for one trace: the same every time."""
     loop = _VirtualLoop()
     try:
         return loop.run_until_complete(_CONTENDERS[contender](trace))
@@ -58,7 +58,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
 
 async def _ours(trace: Sequence[str]) -> Figures:
-    replicas = {name: SleepingReplica(name, ours=True) for name in _names()}
+    replicas = {name: SleepingReplica(name, ours=True) for name in _NAMES}
 
     async def send(
         replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
@@ -82,17 +82,17 @@ async def _ours(trace: Sequence[str]) -> Figures:
 
 async def _consistent_hash(trace: Sequence[str]) -> Figures:
     """A ring with very many virtual nodes is what rendezvous hashing is."""
-    replicas = [Lookalike(name) for name in _names()]
+    replicas = [Lookalike(name) for name in _NAMES]
     return await _chosen(trace, replicas, lambda adapter, in_flight: rendezvous(adapter, in_flight)[0])
 
 
 async def _bounded_rendezvous(trace: Sequence[str]) -> Figures:
-    replicas = [Lookalike(name) for name in _names()]
+    replicas = [Lookalike(name) for name in _NAMES]
     return await _chosen(trace, replicas, bounded_rendezvous)
 
 
 async def _lru(trace: Sequence[str]) -> Figures:
-    replicas = [SleepingReplica(name, ours=False) for name in _names()]
+    replicas = [SleepingReplica(name, ours=False) for name in _NAMES]
     return await _chosen(trace, replicas, lambda adapter, in_flight: rendezvous(adapter, in_flight)[0])
 
 
@@ -117,7 +117,7 @@ async def _chosen(
 
 async def _multiplexed(trace: Sequence[str]) -> Figures:
     """Serve's rules: who holds the model as last heard, else who holds fewest; of these the least busy."""
-    replicas = [Lookalike(name) for name in _names()]
+    replicas = [Lookalike(name) for name in _NAMES]
     heard = {replica.name: replica.models() for replica in replicas}
     unmatched: set[str] = set()
     rng = random.Random(0)
@@ -158,10 +158,6 @@ async def _there_and_back(answer: Awaitable[None]) -> None:
     await asyncio.sleep(_HOP_S)
     await answer
     await asyncio.sleep(_HOP_S)
-
-
-def _names() -> list[str]:
-    return [uuid.uuid4().hex[:8] for _ in range(REPLICAS)]
 
 
 _CONTENDERS = {

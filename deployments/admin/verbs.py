@@ -73,6 +73,9 @@ def alias(server: Server, screen: Screen, args: argparse.Namespace) -> int:
         answer = server.ask("DELETE", alias_path(args.name))
         screen.show(answer, f"{args.name} is no alias any more")
         return 0
+    if len(dict(args.weights)) < len(args.weights):
+        screen.complain("a version stands twice among the weights")
+        return 2
     if args.weights:
         headers = None if args.if_revision is None else {"If-Match": f'"{args.if_revision}"'}
         answer = server.ask("PUT", alias_path(args.name), dict(args.weights), headers=headers)

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 from adapter_router.catalog.location import resolve
-from deployments.local import deploy, local_ray, read_config
 
 _DEFAULT_CONFIG = "package:deployments/configs/cpu.yaml"
 
@@ -25,6 +24,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0: it was told to stop; 2: the config cannot be read."""
+    from deployments.local import deploy, local_ray, read_config  # noqa: PLC0415 - Ray and torch take seconds
+
     path = Path(resolve(args.config))
     try:
         apps = read_config(path)

@@ -264,8 +264,7 @@ def test_a_file_whose_end_nobody_can_know_is_refused(web: WebServer, fetcher: Fe
 
 def test_a_server_that_cannot_do_head_is_asked_otherwise(web: WebServer, fetcher: Fetcher) -> None:
     uri = put(web, "/a", LARGE)
-    handler = web._server.RequestHandlerClass
-    handler.do_HEAD = lambda self: self.head(405, Content_Length="0")  # type: ignore[attr-defined]
+    web.route(HEAD=lambda handler: handler.head(405, Content_Length="0"))
     assert fetch(fetcher, uri).read().weights == LARGE
 
 

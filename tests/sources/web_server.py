@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -108,11 +109,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     site: Site
 
-    def do_HEAD(self) -> None:  # noqa: N802
-        self._answer("HEAD")
+    def do_HEAD(self) -> None:
+        self.answer("HEAD")
 
-    def do_GET(self) -> None:  # noqa: N802
-        self._answer("GET")
+    def do_GET(self) -> None:
+        self.answer("GET")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -131,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
     def tag(self, content: bytes) -> str:
         return f'{"" if self.site.strong else "W/"}"{hashlib.md5(content).hexdigest()}"'
 
-    def _answer(self, method: str) -> None:
+    def answer(self, method: str) -> None:
+        """As the site has it."""
         request = Request(method, self.path, self.headers)
         self.site.requests.append(request)
         path = self.path.partition("?")[0]
@@ -183,6 +185,16 @@ class WebServer:
         self.url = f"{scheme}://localhost:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
+
+    def route(self, **methods: Callable[[Handler], None]) -> None:
+        """Have requests answered by others, by method."""
+        for method, answer in methods.items():
+
+            def do(handler: Handler, answer: Callable[[Handler], None] = answer) -> None:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLError):
+                    answer(handler)
+
+            setattr(self._server.RequestHandlerClass, f"do_{method}", do)
 
     def close(self) -> None:
         self.site.closing.set()

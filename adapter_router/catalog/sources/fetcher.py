@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Fetcher:
@@ -169,23 +169,27 @@ class Fetcher:
         """``work`` within the time there is; its failures as errors that name ``address``."""
         try:
             return asyncio.run(_within(self.config.timeout_s, work))
-        except AdapterRejected as error:
-            raise refused(f"{address}: {problem}" for problem in error.problems) from None
-        except Failing as failure:
-            raise AdapterUnavailable(f"{address} cannot be fetched just now: {failure}") from None
-        except TimeoutError:
-            raise AdapterUnavailable(
+        except Exception as error:
+            failure = self._told(address, error)
+        raise failure  # not from where the library's error, which may have credentials in it, would be its context
+
+    def _told(self, address: Address, error: Exception) -> Exception:
+        if isinstance(error, AdapterRejected):
+            return refused(f"{address}: {problem}" for problem in error.problems)
+        if isinstance(error, AdapterRouterError):
+            return error
+        if isinstance(error, Failing):
+            return AdapterUnavailable(f"{address} cannot be fetched just now: {error}")
+        if isinstance(error, TimeoutError):
+            return AdapterUnavailable(
                 f"{address} took longer than timeout_s, {self.config.timeout_s:g} s; what came is kept, and the next "
                 "attempt goes on from there"
-            ) from None
-        except OSError as error:
-            raise self._no_room(address, error) from None
-        except AdapterRouterError:
-            raise
-        except Exception as error:  # whatever a library throws; its text may have credentials in it
-            where = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("fetching %s failed: %s\n%s", address, type(error).__name__, where)
-            raise AdapterUnavailable(f"{address} cannot be fetched just now: {type(error).__name__}") from None
+            )
+        if isinstance(error, OSError):
+            return self._no_room(address, error)
+        where = "".join(traceback.format_tb(error.__traceback__))  # whatever a library throws
+        logger.error("fetching %s failed: %s\n%s", address, type(error).__name__, where)
+        return AdapterUnavailable(f"{address} cannot be fetched just now: {type(error).__name__}")
 
     def _no_room(self, address: Address, error: OSError) -> AdapterUnavailable:
         return AdapterUnavailable(

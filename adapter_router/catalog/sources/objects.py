@@ -167,6 +167,8 @@ def _status(error: BaseException | None) -> tuple[int | None, str | None]:
         if isinstance(response, Mapping):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(response.get("Error", {}).get("Code", status))
+        if type(error).__module__ == "aiohttp.http_exceptions":
+            return None, None  # an answer that broke off: its code is aiohttp's own, not the store's
         for name in ("status_code", "status", "code"):
             if str(getattr(error, name, "")).isdigit():
                 return int(getattr(error, name)), None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
 
 from adapter_router.catalog.location import resolve
 from adapter_router.catalog.sources.address import Address, parse_uri
 from adapter_router.errors import AdapterRejected
 
+_NAT64 = IPv6Network("64:ff9b::/96")
 _LOCAL = ("file", "package")
 
 
@@ -57,8 +59,7 @@ class Policy:
 
     def check_ip(self, address: Address, ip: str) -> None:
         """Raises AdapterRejected unless ``address``, whose host is at ``ip``, is public or named by a prefix."""
-        found = ipaddress.ip_address(ip.partition("%")[0])
-        found = getattr(found, "ipv4_mapped", None) or found
+        found = _innermost(ipaddress.ip_address(ip.partition("%")[0]))
         host = (address.scheme, address.authority)
         if (found.is_global and not found.is_multicast) or any(prefix[:2] == host for prefix in self._prefixes):
             return
@@ -79,6 +80,15 @@ def directory(address: Address) -> Path:
             raise ValueError(f"{address} leads out of its package")
         return path
     return Path(address.segments[0]).resolve()
+
+
+def _innermost(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """The IPv4 address that an IPv6 one stands for, if it does."""
+    if isinstance(ip, IPv4Address):
+        return ip
+    if ip in _NAT64:
+        return IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1] or ip
 
 
 def _parts(address: Address) -> tuple[str, ...]:

@@ -55,11 +55,14 @@ class Secrets:
         try:
             if path.is_dir():
                 return Secret({file.name: file.read_text().strip() for file in path.iterdir() if _is_value(file)})
-            return _parsed(path.read_text(), f"the file {path}")
+            text = path.read_text()
         except FileNotFoundError:
-            raise _refused(f"secret {name!r} is not there: set {variable}, or make {path}") from None
+            problem = f"secret {name!r} is not there: set {variable}, or make {path}"
         except (OSError, UnicodeDecodeError) as error:
-            raise _refused(f"secret {name!r} cannot be read from {path}: {type(error).__name__}") from None
+            problem = f"secret {name!r} cannot be read from {path}: {type(error).__name__}"
+        else:
+            return _parsed(text, f"the file {path}")
+        raise _refused(problem)  # here, where what could not be decoded is not its context
 
 
 def _is_value(file: Path) -> bool:
