@@ -16,6 +16,7 @@ from adapter_router.catalog.store import ContentStore
 from adapter_router.errors import AdapterRouterError, AdapterUnavailable, InvalidRequest
 from adapter_router.types import AdapterVersion, LoadReport, Row
 from deployments.bases import Bases
+from deployments.holdings import Holdings
 from deployments.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Adapters:
     def __init__(self, catalog: Catalog, store: ContentStore, fetcher: Fetcher, bases: Bases) -> None:
         self.catalog = catalog
         self.registrar = Registrar(catalog, fetcher, store, bases.check, self._follow, self._became_ready)
+        self.holdings = Holdings(catalog, self.registrar, bases)
         self._bases = bases
         self._routes = Routes(catalog)
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,7 +83,7 @@ class Adapters:
         parse(spec.source)
         registration = await self.registrar.register(spec, replace=replace)
         if replace:
-            await self._unpin_versions(spec.name)
+            await self.holdings.unpin_versions(spec.name)
         return registration
 
     def check(self, declared: Iterable[AdapterSpec]) -> None:
@@ -106,7 +108,7 @@ class Adapters:
         except AdapterUnavailable:
             return await self.registrar.read(self.catalog.registration, name)
         if registration.phase == "Ready" and (registration.spec.pinned or registration.spec.preload):
-            await self.settle(name)
+            await self.holdings.settle(name)
         return registration
 
     async def retry(self, name: str) -> Registration:
@@ -116,7 +118,7 @@ class Adapters:
     async def retire(self, name: str, number: int) -> VersionRecord:
         """Take a version back. Raises AdapterNotFound; InvalidRequest while a name leads to it."""
         record = await self.registrar.write(self.catalog.retire, name, number)
-        await self._free([record.version])
+        await self.holdings.free([record.version])
         return record
 
     async def load(self, spec: AdapterSpec, *, replace: bool = False) -> LoadReport:
@@ -124,32 +126,32 @@ class Adapters:
         self._bases.check_name(spec.name)
         report = await self.registrar.load(spec, replace=replace)
         if replace:
-            await self._unpin_versions(spec.name)
+            await self.holdings.unpin_versions(spec.name)
         return report
 
     async def remove(self, name: str) -> list[AdapterVersion]:
         """Forget an adapter and all its versions; rows already accepted finish. Raises AdapterNotFound."""
         versions = await self.registrar.write(self.catalog.remove, name)
-        await self._free(versions)
+        await self.holdings.free(versions)
         return versions
 
     async def refresh(self, name: str, *, activate: bool = True) -> VersionRecord:
         """Look at the source again: what lies there now is a version, and meant from now on if ``activate``."""
         record = await self.registrar.refresh(name, activate=activate)
-        await self.settle(name)
+        await self.holdings.settle(name)
         return record
 
     async def set_alias(self, name: str, weights: Mapping[str, int], expected: int | None = None) -> Alias:
         """Let ``name`` mean versions in shares. Raises InvalidRequest with every problem."""
         self._bases.check_name(name)
         alias = await self.registrar.write(self.catalog.set_alias, name, weights, expected=expected)
-        await self._settle_targets(alias)
+        await self.holdings.settle_targets(alias)
         return alias
 
     async def rollback(self, name: str) -> Alias:
         """Let ``name`` mean what it did before its last change."""
         alias = await self.registrar.write(self.catalog.rollback, name)
-        await self._settle_targets(alias)
+        await self.holdings.settle_targets(alias)
         return alias
 
     async def pin(self, name: str, pinned: bool) -> Registration:
@@ -157,11 +159,11 @@ class Adapters:
         before = await self.registrar.read(self.catalog.registration, name)
         registration = await self.registrar.write(self.catalog.pin, name, pinned)
         try:
-            await self.settle(name)
+            await self.holdings.settle(name)
         except AdapterRouterError:
             if pinned and not before.spec.pinned:
                 await self.registrar.write(self.catalog.pin, name, False)
-                await self._unpin_versions(name)
+                await self.holdings.unpin_versions(name)
             raise
         return registration
 
@@ -171,43 +173,19 @@ class Adapters:
         Raises why the adapter cannot be served, or the first replica's reason not to load it.
         """
         await self._make_ready(name)
-        meant = await self._meant(name)
+        meant = await self.holdings.meant(name)
         if not meant:
             await self.know([Row("", name)])
             error = self.version_of(name)
             raise error if isinstance(error, AdapterRouterError) else AdapterUnavailable(f"{name!r} has no version")
         loaded = []
         for version in meant:
-            outcomes = await self._tell(version, "warm", version)
+            outcomes = await self.holdings.tell(version, "warm", version)
             loaded += [(replica, version) for replica in outcomes]
             for error in outcomes.values():
                 if error is not None:
                     raise error
         return loaded
-
-    async def settle(self, name: str) -> None:
-        """Bring the replicas in line with the catalog on a pinned or preloaded adapter. Raises why one refuses."""
-        registration = await self.registrar.read(self.catalog.registration, name)
-        meant = await self._meant(name)
-        spec = registration.spec
-        await self._unpin_versions(name)
-        for version in meant if spec.pinned or spec.preload else ():
-            outcomes = await self._tell(version, "pin" if spec.pinned else "warm", version)
-            for error in outcomes.values():
-                if error is not None:
-                    raise error
-
-    async def align(self) -> None:
-        """Bring the replicas in line with the catalog on all that is pinned or preloaded; refusals are only logged."""
-        for pool in self._bases:
-            wanted = await self.registrar.read(self.catalog.preloaded, pool.base.fingerprint)
-            held = await pool.ask_all("residency")
-            loose = {each.digest for listed in held.values() for each in listed if each.pinned}
-            await pool.ask_all("unpin", sorted(loose - {version.digest for version, pinned in wanted if pinned}))
-            for version, pinned in wanted:
-                for error in (await pool.ask_all("pin" if pinned else "warm", version)).values():
-                    if error is not None:
-                        logger.error("adapter %s is not on every replica: %s", version.adapter, error)
 
     # -- what the replicas hold ----------------------------------------------------------------------------------
 
@@ -216,38 +194,6 @@ class Adapters:
         answers = await asyncio.gather(*(pool.ask_all(method) for pool in self._bases))
         return {r: (pool, a) for pool, asked in zip(self._bases, answers, strict=True) for r, a in asked.items()}
 
-    async def _tell(self, version: AdapterVersion, method: str, *args: object) -> dict[str, AdapterRouterError | None]:
-        pool = self._bases.of(version)
-        return {} if isinstance(pool, AdapterRouterError) else await pool.ask_all(method, *args)
-
-    async def _free(self, versions: Collection[AdapterVersion]) -> None:
-        """Let replicas forget what no adapter has any more."""
-        await self._unpin(versions)
-        for version in versions:
-            if not await self.registrar.read(self.catalog.holds, version.digest):
-                await self._tell(version, "evict", version.digest)
-
-    async def _unpin_versions(self, name: str) -> None:
-        await self._unpin(record.version for record in await self.registrar.read(self.catalog.versions, name))
-
-    async def _unpin(self, versions: Iterable[AdapterVersion]) -> None:
-        """Let replicas evict those of ``versions`` that no pinned adapter means (any more); contents may be shared."""
-        loose = {(version.base, version.digest) for version in versions}
-        for pool in self._bases:
-            base = pool.base.fingerprint
-            if digests := {digest for of, digest in loose if of == base}:
-                wanted = await self.registrar.read(self.catalog.preloaded, base)
-                digests -= {version.digest for version, pinned in wanted if pinned}
-                await pool.ask_all("unpin", sorted(digests))
-
-    async def _settle_targets(self, alias: Alias) -> None:
-        for adapter in {target.adapter for target in alias.targets}:
-            await self.settle(adapter)
-
-    async def _meant(self, name: str) -> list[AdapterVersion]:
-        routes = await self.registrar.read(self.catalog.routes, [name])
-        return [version for version, _ in routes[name].choices] if name in routes else []
-
     # -- following the catalog -----------------------------------------------------------------------------------
 
     async def _make_ready(self, name: str) -> None:
@@ -255,13 +201,13 @@ class Adapters:
         if registration.phase == "Ready" and self._is_pending(name):
             await self.registrar.retry(name, _COLD_S)
         if registration.spec.pinned or registration.spec.preload:
-            await self.settle(name)
+            await self.holdings.settle(name)
 
     async def _became_ready(self, registration: Registration) -> None:
         """A pinned or preloaded adapter is on all replicas as soon as it can be."""
         if registration.spec.pinned or registration.spec.preload:
             try:
-                await self.settle(registration.spec.name)
+                await self.holdings.settle(registration.spec.name)
             except AdapterRouterError as error:
                 logger.error("adapter %s is ready, but not on every replica: %s", registration.spec.name, error)
 

@@ -98,7 +98,7 @@ class Declared:
         for difference in differences:
             logger.info("%s", difference)
         if any(difference.kind != "added" for difference in differences):
-            await self._adapters.align()
+            await self._adapters.holdings.align()
         return differences
 
     def _complain(self, error: object) -> None:
@@ -119,7 +119,7 @@ class Declared:
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
-                if await self._read() != self._seen:
+                if await self._read() != self._seen or self.error is not None:
                     await self._follow()
             except AdapterRouterError as error:
                 self._complain(error)

@@ -153,6 +153,9 @@ def test_the_configured_declaration_is_kept(
         manifest.write_text(yaml.safe_dump([{"name": "by-hand", "uri": "/elsewhere"}]))
         wait_for(lambda: "by hand" in ask(app, "GET", "/readyz").get("manifest_error", ""))
         refused(app, "GET", "/v1/adapters/good", None, 404)
+        ask(app, "DELETE", "/v1/adapters/by-hand")  # what stood in the way is gone
+        wait_for(lambda: "manifest_error" not in ask(app, "GET", "/readyz"))
+        assert ask(app, "GET", "/v1/adapters/by-hand")["uri"] == "/elsewhere"
 
         manifest.write_text(yaml.safe_dump([{"name": "good", "uri": str(good)}]))
         wait_for(lambda: "manifest_error" not in ask(app, "GET", "/readyz"))

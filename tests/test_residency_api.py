@@ -123,6 +123,17 @@ def test_the_residency_view_comes_in_pages(local: LocalApp, name: str, directory
         assert fragment in refused(local, "GET", "/v1/adapters", None, 400, params=query)
 
 
+def test_a_retired_version_is_nobodys(local: LocalApp, name: str, directory: Path, tiny_bert: TinyBase) -> None:
+    for each in (name, f"{name}-other"):
+        register(local, each, directory)
+    ask(local, "POST", f"/v1/adapters/{name}/warm")
+    assert len(held(local, name)[0]["versions"]) == 2
+    tiny_bert.adapter(directory, 2, 97)
+    ask(local, "POST", f"/v1/adapters/{name}/versions", status=201)
+    ask(local, "DELETE", f"/v1/adapters/{name}/versions/1")
+    assert [entry["versions"] for entry in held(local, f"{name}-other")] == [[f"{name}-other@v1"]]
+
+
 def test_a_mix_is_shown_without_a_name(local: LocalApp, name: str, directory: Path) -> None:
     register(local, name, directory)
     answer = ask(local, "POST", "/v1/classify", {"model": {name: 0.5}, "input": [[1, 2]]})

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -369,9 +370,9 @@ def during_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], No
     copy = store_module._copy
 
     def interpose(happen: Callable[[str], None]) -> None:
-        def interposed(source: Path, *others: object) -> None:
-            copy(source, *others)  # type: ignore[arg-type]
-            happen(source.name)
+        def interposed(source: BinaryIO, target: Path, *others: object) -> None:
+            copy(source, target, *others)  # type: ignore[arg-type]
+            happen(target.name)
 
         monkeypatch.setattr(store_module, "_copy", interposed)
 
@@ -415,19 +416,34 @@ def test_one_that_grows_beyond_the_limit_is_cut_off(
     assert copies(store) == set()
 
 
+@pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_file_that_becomes_a_link_is_not_followed(
-    store: ContentStore, tmp_path: Path, during_copy: Callable[[Callable[[str], None]], None]
+    way: str, store: ContentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the check and the copy the weights are replaced by a link to what the caller may not read."""
+    """While it is copied it leads to what the caller may not read, and before and after that it does not."""
     source = made(tmp_path / "a", b"w")
-    (tmp_path / "secret").write_bytes(b"secret")
+    moved = source if way == "folder" else source / "adapter_model.safetensors"
+    made(tmp_path / "secret", b"secret")
+    secret = tmp_path / "secret" / ("" if way == "folder" else moved.name)
+    copied: list[bytes] = []
+    copy, check = store_module._copy, store_module.identity
 
-    def swap(name: str) -> None:
-        if name == "adapter_config.json":
-            (source / "adapter_model.safetensors").unlink()
-            (source / "adapter_model.safetensors").symlink_to(tmp_path / "secret")
+    def swap(directory: Path) -> object:
+        seen = check(directory)
+        if not moved.is_symlink():
+            moved.rename(tmp_path / "aside")
+            moved.symlink_to(secret)
+        return seen
 
-    during_copy(swap)
+    def noting(reader: BinaryIO, target: Path, *others: object) -> None:
+        copy(reader, target, *others)  # type: ignore[arg-type]
+        copied.append(target.read_bytes())
+
+    monkeypatch.setattr(store_module, "identity", swap)
+    monkeypatch.setattr(store_module, "_copy", noting)
     with pytest.raises(AdapterRejected, match="a link to a place outside"):
         store.admit(source)
-    assert copies(store) == set()
+    assert b"secret" not in copied
+    if way == "folder":
+        with pytest.raises(AdapterRejected, match="is a link by now"):
+            store.admit(source, followed=True)

@@ -82,20 +82,22 @@ def identity(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 def _file_problem(name: str, directory: Path, max_bytes: int) -> str | None:
     status = (directory / name).stat()
-    if _escapes(directory / name, directory):
-        return f"{name} is a link to a place outside the directory; copy the file into it"
+    if escapes((directory / name).resolve(), directory.resolve()):
+        return link_problem(name)
     if not stat.S_ISREG(status.st_mode):
         return f"{name} is not a regular file"
     return size_problem(name, status.st_size, max_bytes)
 
 
-def _escapes(path: Path, directory: Path) -> bool:
-    """Whether following links leads out of ``directory``; a hub cache's snapshots keep their files under ``blobs``."""
-    home = directory.resolve()
+def link_problem(name: str) -> str:
+    return f"{name} is a link to a place outside the directory; copy the file into it"
+
+
+def escapes(path: Path, home: Path) -> bool:
+    """Whether ``path`` is not in ``home``, links followed in both; a hub cache keeps a snapshot's files in ``blobs``."""
     allowed = [home]
     for folder in (home, *home.parents):
         blobs = folder.parent.parent / "blobs"
         if folder.parent.name == "snapshots" and not blobs.is_symlink():
             allowed.append(blobs)
-    actual = path.resolve()
-    return not any(actual.is_relative_to(root) for root in allowed)
+    return not any(path.is_relative_to(root) for root in allowed)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from adapter_router.catalog.adapter_files import (
     CONFIG,
@@ -31,8 +32,10 @@ from adapter_router.catalog.adapter_files import (
     WEIGHTS,
     ContentHash,
     directory_problems,
+    escapes,
     identity,
     largest,
+    link_problem,
 )
 from adapter_router.catalog.holds import Hold, hold, take
 from adapter_router.catalog.location import resolve
@@ -111,14 +114,14 @@ class ContentStore:
         self.index = StoreIndex(root, self.work / "index.db")
         self._tidy()
 
-    def admit(self, source: str | os.PathLike[str]) -> StoredAdapter:
+    def admit(self, source: str | os.PathLike[str], *, followed: bool = False) -> StoredAdapter:
         """Copy the adapter directory ``source`` (or ``package:…``) into the store; the same content is kept once.
 
-        The caller says with ``settle`` what became of it. Raises AdapterRejected with every problem of the directory
+        ``followed``: it is where links lead, and refused if it is one by now. The caller says with ``settle`` what became of it. Raises AdapterRejected with every problem of the directory
         itself, AdapterUnavailable when it is written all the time.
         """
         for _ in range(_COPIES):
-            directory = self._checked(source)
+            directory = self._checked(source, followed=followed)
             try:
                 with self.scratch() as staging:
                     before = identity(directory)
@@ -221,17 +224,21 @@ class ContentStore:
     def _directory(self, digest: str) -> Path:
         return self.root / digest.replace(":", "-")
 
-    def _checked(self, source: str | os.PathLike[str]) -> Path:
+    def _checked(self, source: str | os.PathLike[str], *, followed: bool) -> Path:
+        """``source`` with its links followed."""
         try:
             directory = Path(resolve(os.fspath(source)))
+            actual = directory.resolve()
             problems = directory_problems(directory, self.max_bytes)
+            if followed and actual != directory:
+                problems = [f"{directory} is a link by now; name the place that it leads to"]
         except ValueError as error:
             problems = [str(error)]
         except OSError as error:
             problems = [f"{os.fspath(source):.200} is not a directory that can be read: {error.strerror}"]
         if problems:
             raise AdapterRejected.because(problems)
-        return directory
+        return actual
 
     def _publish(self, staging: Path, stored: StoredAdapter) -> bool:
         """Move ``staging`` into place, or come upon what is there; False when that has gone meanwhile."""
@@ -330,21 +337,36 @@ def _copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
         if (directory / name).exists():
             (staging / name).parent.mkdir(exist_ok=True)
             hasher.start_file(name)
-            _copy(directory / name, staging / name, hasher, largest(name, max_bytes))
+            with _opened(name, directory) as source:
+                _copy(source, staging / name, hasher, largest(name, max_bytes))
     return hasher.digest()
 
 
-def _copy(source: Path, target: Path, hasher: ContentHash, max_bytes: int) -> None:
+def _opened(name: str, directory: Path) -> BinaryIO:
+    """The file ``name`` of ``directory``, a path without links. It is checked again, as it may be another by now.
+
+    Raises OSError, and ValueError when it leads elsewhere.
+    """
+    actual = (directory / name).resolve()
+    if escapes(actual, directory):
+        raise ValueError(link_problem(name))
+    # O_NONBLOCK: should it be a FIFO by now, fail instead of hanging.
+    descriptor = os.open(actual, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    opened = os.fdopen(descriptor, "rb")
+    descriptors = Path("/proc/self/fd")  # says what a descriptor leads to, whatever became of the way there
+    if descriptors.exists() and (descriptors / str(descriptor)).readlink() != actual:
+        opened.close()
+        raise ValueError(f"{name} was replaced while it was copied; wait until that is done, and try again")
+    return opened
+
+
+def _copy(source: BinaryIO, target: Path, hasher: ContentHash, max_bytes: int) -> None:
     """Copy and hash in one pass. Raises OSError, and ValueError when more than ``max_bytes`` come."""
-    # The real path, whose last part may not be a link: it may have become one since it was checked. O_NONBLOCK: should
-    # it have become a FIFO, fail instead of hanging.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(source.resolve(), flags)
-    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+    with target.open("xb") as writer:
         room = max_bytes
-        while chunk := reader.read(_CHUNK_BYTES):
+        while chunk := source.read(_CHUNK_BYTES):
             room -= len(chunk)
             if room < 0:
-                raise ValueError(f"{source.name} grew beyond {max_bytes} bytes while it was copied")
+                raise ValueError(f"{target.name} grew beyond {max_bytes} bytes while it was copied")
             hasher.update(chunk)
             writer.write(chunk)

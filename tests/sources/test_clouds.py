@@ -36,7 +36,7 @@ def secret(cloud: CloudServer) -> dict[str, str]:
 
 @pytest.fixture
 def fetcher(cloud: CloudServer, store: ContentStore) -> Fetcher:
-    config = quick(f"{cloud.scheme}://adapters/food", idle_timeout_s=10)
+    config = quick(f"{cloud.scheme}://adapters/food", idle_timeout_s=5)
     return Fetcher(config, store, lambda _: secret(cloud))
 
 

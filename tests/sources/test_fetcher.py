@@ -151,16 +151,19 @@ def test_a_source_that_holds_another_version_now_is_told(web: WebServer, fetcher
     assert copies(fetcher.store) == []
 
 
-def test_a_source_that_is_gone_is_told(web: WebServer, fetcher: Fetcher, directory: Path, local: Fetcher) -> None:
-    for known, obtainer in ((version(fetcher, put(web, "/a")), fetcher), (version(local, str(directory)), local)):
-        web.site.files.clear()
-        shutil.rmtree(known.directory)
-        shutil.rmtree(directory, ignore_errors=True)
-        with pytest.raises(AdapterFailed):
-            obtainer.obtain(known)
-        with pytest.raises(AdapterFailed, match="its source is not known"):
-            obtainer.obtain(replace(known, source=None))
-        made(directory, b"weights")
+@pytest.mark.parametrize("far", [True, False], ids=["https", "path"])
+def test_a_source_that_is_gone_is_told(
+    far: bool, web: WebServer, fetcher: Fetcher, directory: Path, local: Fetcher
+) -> None:
+    uri, asked = (put(web, "/a"), fetcher) if far else (str(directory), local)
+    known = version(asked, uri)
+    shutil.rmtree(known.directory)
+    web.site.files.clear()
+    shutil.rmtree(directory)
+    with pytest.raises(AdapterFailed, match="missing" if far else "is not a directory"):
+        asked.obtain(known)
+    with pytest.raises(AdapterFailed, match="its source is not known"):
+        asked.obtain(replace(known, source=None))
 
 
 def test_a_source_that_stumbles_is_unavailable(web: WebServer, fetcher: Fetcher) -> None:

@@ -193,6 +193,7 @@ def test_a_killed_download_is_gone_on_with(
     processes.append(Process(store.root, uri))
     partly = store.work / "downloads"
     wait_for(lambda: any(path.stat().st_size == 1 << 20 for path in partly.rglob(WEIGHTS)))
+    wait_for(lambda: any(path.stat().st_size == 2 for path in partly.rglob(CONFIG)))
     processes[0].kill()
     stored = fetcher.fetch(Source(uri))
     assert stored.read().weights == LARGE

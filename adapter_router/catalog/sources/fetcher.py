@@ -20,7 +20,7 @@ from adapter_router.catalog.sources.flights import Flights, alone
 from adapter_router.catalog.sources.partial import Partial, tidy
 from adapter_router.catalog.sources.place import Failing, Progress, RemoteFile, refused
 from adapter_router.catalog.sources.places import Places
-from adapter_router.catalog.sources.policy import Policy, directory
+from adapter_router.catalog.sources.policy import LOCAL, Policy
 from adapter_router.catalog.sources.secrets import Secret, Secrets
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import SourceConfig
@@ -59,8 +59,8 @@ class Fetcher:
         Raises AdapterRejected with every problem when it cannot be had as asked, AdapterUnavailable when that may heal.
         """
         address = parse(source)
-        self._policy.check(address)
-        if (here := self._local(address)) is not None:
+        here = self._policy.check(address) or self._places.cached(address)
+        if here is not None:
             stored = self._admit(address, here)
         else:
             key = _key(address, source)
@@ -103,8 +103,7 @@ class Fetcher:
     def fingerprint(self, source: Source) -> str:
         """Something else once what lies at ``source`` is another, without reading it all. Raises as ``fetch``."""
         address = parse(source)
-        self._policy.check(address)
-        here = self._local(address)
+        here = self._policy.check(address) or self._places.cached(address)
         if here is not None:
             return _fingerprint(identity(here))
         secret = self._secret(source)
@@ -116,14 +115,9 @@ class Fetcher:
 
         return self._run(address, look())
 
-    def _local(self, address: Address) -> Path | None:
-        if address.scheme in ("file", "package"):
-            return directory(address)
-        return self._places.cached(address)
-
     def _admit(self, address: Address, here: Path) -> StoredAdapter:
         try:
-            return self.store.admit(here)
+            return self.store.admit(here, followed=address.scheme in LOCAL)
         except AdapterRejected as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in _NO_ROOM:  # no fault of the adapter's

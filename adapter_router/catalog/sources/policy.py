@@ -12,7 +12,7 @@ from adapter_router.catalog.sources.address import Address, parse_uri
 from adapter_router.errors import AdapterRejected
 
 _NAT64 = IPv6Network("64:ff9b::/96")
-_LOCAL = ("file", "package")
+LOCAL = ("file", "package")
 
 
 class Policy:
@@ -36,26 +36,31 @@ class Policy:
             problems += found
             if address is not None and not found:
                 try:
-                    self._prefixes.append(_parts(address))
+                    self._prefixes.append(_parts(address, directory(address) if address.scheme in LOCAL else None))
                 except (ValueError, OSError) as error:
                     problems.append(str(error))
         if problems:
             raise ValueError("SourceConfig: allowed: " + "; ".join(problems))
 
-    def check(self, address: Address) -> None:
-        """Raises AdapterRejected when no prefix allows ``address``; a path is followed to where it leads."""
+    def check(self, address: Address) -> Path | None:
+        """Where ``address`` leads, links followed, if that is a directory of this machine.
+
+        Raises AdapterRejected when no prefix allows it.
+        """
         try:
-            parts = _parts(address)
+            here = directory(address) if address.scheme in LOCAL else None
         except (ValueError, OSError) as error:
             raise AdapterRejected.because([str(error)]) from error
+        parts = _parts(address, here)
         if not any(parts[: len(prefix)] == prefix for prefix in self._prefixes):
-            real = f" leads to /{'/'.join(parts[1:])}, which" if address.scheme in _LOCAL else ""
+            real = f" leads to /{'/'.join(parts[1:])}, which" if address.scheme in LOCAL else ""
             raise AdapterRejected.because(
                 [
                     f"{address}{real} is not below any prefix that adapters may be fetched from "
                     f"({', '.join(self._allowed) or 'none'}); let the operator add one to sources.allowed"
                 ]
             )
+        return here
 
     def check_ip(self, address: Address, ip: str) -> None:
         """Raises AdapterRejected unless ``address``, whose host is at ``ip``, is public or named by a prefix."""
@@ -91,8 +96,8 @@ def _innermost(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1] or ip
 
 
-def _parts(address: Address) -> tuple[str, ...]:
-    if address.scheme in _LOCAL:
-        return (address.scheme, *directory(address).parts[1:])
+def _parts(address: Address, here: Path | None) -> tuple[str, ...]:
+    if here is not None:
+        return (address.scheme, *here.parts[1:])
     authority = (address.authority,) if address.authority else ()
     return (address.scheme, *authority, *address.segments)
