@@ -158,7 +158,7 @@ def test_the_configured_declaration_is_kept(
         assert ask(app, "GET", "/v1/adapters/by-hand")["uri"] == "/elsewhere"
 
         manifest.write_text(yaml.safe_dump([{"name": "good", "uri": str(good)}]))
-        wait_for(lambda: "manifest_error" not in ask(app, "GET", "/readyz"))
+        wait_for(lambda: app.http.get("/v1/adapters/good").is_success)
         wait_for(lambda: phase(app, "good") == "Ready")
 
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import pytest
 
+from adapter_router.catalog import copying
 from adapter_router.catalog import store as store_module
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
@@ -367,14 +368,14 @@ def test_a_copy_that_is_sound_again_is_found_again(store: ContentStore, tmp_path
 @pytest.fixture
 def during_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], None]], None]:
     """Have something happen after each file that is copied."""
-    copy = store_module._copy
+    copy = copying._copy
 
     def interpose(happen: Callable[[str], None]) -> None:
         def interposed(source: BinaryIO, target: Path, *others: object) -> None:
             copy(source, target, *others)  # type: ignore[arg-type]
             happen(target.name)
 
-        monkeypatch.setattr(store_module, "_copy", interposed)
+        monkeypatch.setattr(copying, "_copy", interposed)
 
     return interpose
 
@@ -426,7 +427,7 @@ def test_a_file_that_becomes_a_link_is_not_followed(
     made(tmp_path / "secret", b"secret")
     secret = tmp_path / "secret" / ("" if way == "folder" else moved.name)
     copied: list[bytes] = []
-    copy, check = store_module._copy, store_module.identity
+    copy, check = copying._copy, store_module.identity
 
     def swap(directory: Path) -> object:
         seen = check(directory)
@@ -440,7 +441,7 @@ def test_a_file_that_becomes_a_link_is_not_followed(
         copied.append(target.read_bytes())
 
     monkeypatch.setattr(store_module, "identity", swap)
-    monkeypatch.setattr(store_module, "_copy", noting)
+    monkeypatch.setattr(copying, "_copy", noting)
     with pytest.raises(AdapterRejected, match="a link to a place outside"):
         store.admit(source)
     assert b"secret" not in copied

@@ -7,6 +7,7 @@ the tensors. Where an adapter passed whose numbers no check compared, others of 
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import threading
 from collections import OrderedDict
@@ -15,9 +16,12 @@ from collections.abc import Mapping
 import torch
 
 from adapter_router.adapters.adapter_tensors import AdapterTensors
+from adapter_router.adapters.strict_json import parse_object
 from adapter_router.types import AdapterFiles, TaskKind
 
 _REMEMBERED = 256
+_SETS = ("target_modules", "exclude_modules", "modules_to_save")
+_NOT_LOOKED_AT = "base_model_name_or_path"
 
 Key = bytes
 
@@ -68,6 +72,17 @@ def form_of(files: AdapterFiles, task: TaskKind | None) -> Key:
     """What decides whether the files pass for ``task``, but for numbers, labels, and files from before training."""
     header = files.weights[8 : 8 + struct.unpack("<Q", files.weights[:8])[0]] if len(files.weights) >= 8 else b""
     hasher = hashlib.sha256(repr(task).encode())
-    for part in (files.config, files.manifest or b"", header):
+    for part in (_tidied(files.config), files.manifest or b"", header):
         hasher.update(len(part).to_bytes(8) + part)
     return hasher.digest()
+
+
+def _tidied(config: bytes) -> bytes:
+    """The configuration without what differs between trainings of one kind: PEFT writes sets as they come."""
+    document, problems = parse_object(config, "adapter_config.json")
+    if document is None or problems:
+        return config
+    for name in _SETS:
+        if isinstance(entries := document.get(name), list) and all(isinstance(entry, str) for entry in entries):
+            document[name] = sorted(entries)
+    return json.dumps({name: value for name, value in document.items() if name != _NOT_LOOKED_AT}).encode()

@@ -94,7 +94,7 @@ def link_problem(name: str) -> str:
 
 
 def escapes(path: Path, home: Path) -> bool:
-    """Whether ``path`` is not in ``home``, links followed in both; a hub cache keeps a snapshot's files in ``blobs``."""
+    """Whether ``path`` is outside ``home``, links followed in both; a hub cache has a snapshot's files in ``blobs``."""
     allowed = [home]
     for folder in (home, *home.parents):
         blobs = folder.parent.parent / "blobs"

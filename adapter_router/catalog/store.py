@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from adapter_router.catalog.adapter_files import (
     CONFIG,
@@ -32,11 +31,9 @@ from adapter_router.catalog.adapter_files import (
     WEIGHTS,
     ContentHash,
     directory_problems,
-    escapes,
     identity,
-    largest,
-    link_problem,
 )
+from adapter_router.catalog.copying import copy_files
 from adapter_router.catalog.holds import Hold, hold, take
 from adapter_router.catalog.location import resolve
 from adapter_router.catalog.store_index import StoreIndex, bytes_of
@@ -45,7 +42,6 @@ from adapter_router.types import AdapterFiles
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
 _COPIES = 3  # of a directory that is written while it is copied, before we give up
 _DAMAGED = ".damaged"  # an empty file in a copy that was found to be another than was admitted
 
@@ -117,15 +113,16 @@ class ContentStore:
     def admit(self, source: str | os.PathLike[str], *, followed: bool = False) -> StoredAdapter:
         """Copy the adapter directory ``source`` (or ``package:…``) into the store; the same content is kept once.
 
-        ``followed``: it is where links lead, and refused if it is one by now. The caller says with ``settle`` what became of it. Raises AdapterRejected with every problem of the directory
-        itself, AdapterUnavailable when it is written all the time.
+        ``followed``: it is where links lead, and refused if it is one by now. The caller says with ``settle`` what
+        became of it. Raises AdapterRejected with every problem of the directory itself, AdapterUnavailable when it is
+        written all the time.
         """
         for _ in range(_COPIES):
             directory = self._checked(source, followed=followed)
             try:
                 with self.scratch() as staging:
                     before = identity(directory)
-                    digest = _copy_files(directory, staging, self.max_bytes)
+                    digest = copy_files(directory, staging, self.max_bytes)
                     if identity(directory) == before:
                         return self.adopt(staging, digest)
             except OSError as error:
@@ -228,8 +225,8 @@ class ContentStore:
         """``source`` with its links followed."""
         try:
             directory = Path(resolve(os.fspath(source)))
-            actual = directory.resolve()
             problems = directory_problems(directory, self.max_bytes)
+            actual = directory if problems else directory.resolve()
             if followed and actual != directory:
                 problems = [f"{directory} is a link by now; name the place that it leads to"]
         except ValueError as error:
@@ -328,45 +325,3 @@ def _stamp(directory: Path) -> int:
     now = time.time_ns()
     os.utime(directory, ns=(now, now))
     return directory.stat().st_mtime_ns
-
-
-def _copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
-    """Copy an adapter's files; returns the digest of what was copied."""
-    hasher = ContentHash()
-    for name in FILES:
-        if (directory / name).exists():
-            (staging / name).parent.mkdir(exist_ok=True)
-            hasher.start_file(name)
-            with _opened(name, directory) as source:
-                _copy(source, staging / name, hasher, largest(name, max_bytes))
-    return hasher.digest()
-
-
-def _opened(name: str, directory: Path) -> BinaryIO:
-    """The file ``name`` of ``directory``, a path without links. It is checked again, as it may be another by now.
-
-    Raises OSError, and ValueError when it leads elsewhere.
-    """
-    actual = (directory / name).resolve()
-    if escapes(actual, directory):
-        raise ValueError(link_problem(name))
-    # O_NONBLOCK: should it be a FIFO by now, fail instead of hanging.
-    descriptor = os.open(actual, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    opened = os.fdopen(descriptor, "rb")
-    descriptors = Path("/proc/self/fd")  # says what a descriptor leads to, whatever became of the way there
-    if descriptors.exists() and (descriptors / str(descriptor)).readlink() != actual:
-        opened.close()
-        raise ValueError(f"{name} was replaced while it was copied; wait until that is done, and try again")
-    return opened
-
-
-def _copy(source: BinaryIO, target: Path, hasher: ContentHash, max_bytes: int) -> None:
-    """Copy and hash in one pass. Raises OSError, and ValueError when more than ``max_bytes`` come."""
-    with target.open("xb") as writer:
-        room = max_bytes
-        while chunk := source.read(_CHUNK_BYTES):
-            room -= len(chunk)
-            if room < 0:
-                raise ValueError(f"{target.name} grew beyond {max_bytes} bytes while it was copied")
-            hasher.update(chunk)
-            writer.write(chunk)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_router.catalog import store
+from adapter_router.catalog import copying
 from adapter_router.errors import AdapterRejected, InternalError
 from adapter_router.merging import merge as merging
 from adapter_router.merging import peft_directory
@@ -337,7 +337,7 @@ def test_a_full_disk_is_no_fault_of_an_adapters(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_copy", full)
+    monkeypatch.setattr(copying, "_copy", full)
     with pytest.raises(WriteFailed, match="No space left") as caught:
         merge(plain, bert.loaded, folder / "out")
     assert plain.parts[0].directory not in str(caught.value)
