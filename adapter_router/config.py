@@ -140,7 +140,7 @@ class SourceConfig:
 
     ``allowed``: prefixes of addresses, compared part by part; an adapter that lies below none of them is refused.
     ``/srv/adapters`` and ``file:///srv/adapters`` mean the same. A host may have private addresses only where a prefix
-    names it; ``http://`` is refused unless listed. ``timeout_s``: for all of one adapter's files. ``idle_timeout_s``: for
+    names it; ``http://`` is refused unless listed. ``timeout_s``: for all files of one adapter. ``idle_timeout_s``: for
     a connection, and between two parts of an answer. ``attempts``: how often in a row an address may fail without
     sending anything; the pauses between them begin at ``backoff_s`` and double. ``secrets_dir``: credentials by name, a
     file or a directory of files each.

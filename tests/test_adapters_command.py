@@ -19,6 +19,7 @@ import yaml
 from deployments.admin.importing import adapter_directories
 from deployments.cli import main
 from tests.local_app import LocalApp, local_app
+from tests.serving import wait_for
 from tests.test_admin_api import ask, directory, name, version_of
 from tests.tiny import TinyBase, edit_config
 
@@ -139,6 +140,7 @@ def test_versions_shares_and_the_way_back(
     assert f"{name}@v2" in shell.run("alias", f"{name}-best", f"{name}@v2=1")
     assert f"{name}-best" in shell.run("alias") and len(shell.json("alias")["data"]) >= 2
     assert f"'{name}-best' lead" in shell.fail("rm", name)
+    assert "is an alias, not an adapter" in shell.fail("rm", f"{name}-best")
     shell.run("alias", f"{name}-best", "--delete")
     shell.run("alias", name, "v1=1")
     assert "retired" in shell.run("rm", f"{name}@v2")
@@ -314,3 +316,23 @@ def test_the_url_comes_from_the_environment_and_errors_reach_the_shell(local: Lo
     environment = {**os.environ, "ADAPTER_ROUTER_URL": local.url, "HTTP_PROXY": "http://127.0.0.1:1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "") and "no adapter is named 'nobody'" in done.stderr
+
+
+def test_names_that_the_terminal_cannot_write(local: LocalApp, directory: Path) -> None:
+    command = [sys.executable, "-m", "deployments.cli", "adapters", "add", "表", str(directory), "--url", local.url]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "\\u8868" in done.stdout, done.stderr
+    assert ask(local, "GET", "/v1/adapters/表")["phase"] == "Ready"
+
+
+def test_interrupted_it_says_what_goes_on(
+    shell: Shell, local: LocalApp, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deployments.admin.following._registration", lambda *_: {"phase": "Fetching"})
+    monkeypatch.setattr("deployments.admin.following._touched", interrupt)
+    assert "goes on" in shell.fail("add", name, directory, status=130)
+    wait_for(lambda: ask(local, "GET", f"/v1/adapters/{name}")["phase"] == "Ready")

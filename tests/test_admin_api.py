@@ -69,6 +69,10 @@ def version_of(local: LocalApp, model: str) -> Any:
     return ask(local, "POST", "/v1/classify", {"model": model, "input": [[1, 2, 3]]})["adapter"]["version"]
 
 
+def name_of_base(local: LocalApp) -> Any:
+    return ask(local, "GET", "/v1/models")["data"][0]["id"]
+
+
 # -- registering -------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +85,9 @@ def test_registered_and_waited_for(local: LocalApp, name: str, directory: Path) 
     assert (registration["uri"], registration["labels"]) == (str(directory), ["x", "y", "z"])
     assert registration == ask(local, "GET", f"/v1/adapters/{name}")
     (target,) = registration["targets"]
-    assert target == {"adapter": name, "number": 1, "weight": 1, "version": version_of(local, name)}
+    assert (target["adapter"], target["number"], target["weight"]) == (name, 1, 1)
+    assert target["version"] == version_of(local, name) and target["num_labels"] == 3
+    assert (target["task"], target["base"]) == ("text-classification", name_of_base(local))
     answer = ask(local, "POST", "/v1/classify", {"model": name, "input": [[1, 2, 3]]})
     assert answer["data"][0]["label"] in {"x", "y", "z"}
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import delete, text
 
 from adapter_router.catalog.catalog import Catalog
@@ -62,9 +63,6 @@ versions = st.builds(
     num_bytes=st.integers(0, 2),
 )
 failures = st.sampled_from((None, AdapterRejected("no", None, ("one", "two\0")), AdapterUnavailable("later")))
-own_weights = st.dictionaries(
-    st.sampled_from(("v1", "v2", "v3", DIGESTS[0], DIGESTS[2][:19])), st.integers(0, 3), min_size=1, max_size=2
-)
 any_weights = st.dictionaries(
     st.sampled_from([f"{name}@{version}" for name in NAMES for version in ("v1", "v2", DIGESTS[2])]),
     st.integers(0, 3),
@@ -107,6 +105,14 @@ class CatalogMachine(RuleBasedStateMachine):
             return None
         assert expected is None, f"{expected} was not raised"
         return got, result
+
+    @initialize(registered=st.lists(st.tuples(specs, st.lists(versions, max_size=3)), max_size=3))
+    def begin(self, registered: list[tuple[AdapterSpec, list[AdapterVersion]]]) -> None:
+        """Seldom with nothing."""
+        for spec, found in registered:
+            self.register(spec, replace=True, managed=False)
+            for version in found:
+                self.add_version(spec.name, replace(version, source=spec.source), activate=True)
 
     # -- registrations -------------------------------------------------------------------------------------------
 
@@ -185,14 +191,15 @@ class CatalogMachine(RuleBasedStateMachine):
     def retire(self, name: str, number: int) -> None:
         self.both(lambda: self.catalog.retire(name, number), lambda: self.model.retire(name, number))
 
-    @rule(name=names, weights=own_weights)
-    def split(self, name: str, weights: dict[str, int]) -> None:
-        if name in self.model.names:
+    @rule(name=any_names, data=st.data(), times=st.integers(1, 2))
+    def set_alias(self, name: str, data: st.DataObject, times: int) -> None:
+        """To versions that are there, most of the time."""
+        there = [f"{a}@v{record.number}" for a, known in self.model.adapters.items() for record in known.versions]
+        own = [version.partition("@")[2] for version in there if version.startswith(f"{name}@")]
+        texts = st.sampled_from((*there, *there, *own, *own, f"a@{DIGESTS[0]}", f"b@{DIGESTS[2][:19]}", "v3"))
+        weights = data.draw(st.dictionaries(texts, st.integers(0, 3), min_size=1, max_size=2))
+        for _ in range(times):
             self.both(lambda: self.catalog.set_alias(name, weights), lambda: self.model.set_alias(name, weights))
-
-    @rule(name=any_names, weights=any_weights)
-    def set_alias(self, name: str, weights: dict[str, int]) -> None:
-        self.both(lambda: self.catalog.set_alias(name, weights), lambda: self.model.set_alias(name, weights))
 
     @rule(name=any_names, weights=any_weights)
     def set_alias_late(self, name: str, weights: dict[str, int]) -> None:
@@ -202,9 +209,10 @@ class CatalogMachine(RuleBasedStateMachine):
             self.catalog.set_alias(name, weights, expected=before + 1)
         assert self.catalog.revision() == before
 
-    @rule(name=any_names)
-    def rollback(self, name: str) -> None:
-        self.both(lambda: self.catalog.rollback(name), lambda: self.model.rollback(name))
+    @rule(name=any_names, times=st.integers(1, 3))
+    def rollback(self, name: str, times: int) -> None:
+        for _ in range(times):
+            self.both(lambda: self.catalog.rollback(name), lambda: self.model.rollback(name))
 
     @rule(name=any_names)
     def remove_alias(self, name: str) -> None:
@@ -279,7 +287,7 @@ class CatalogMachine(RuleBasedStateMachine):
 
 
 def _of(version: AdapterVersion, name: str, source: Source | None = None) -> AdapterVersion:
-    return AdapterVersion(**{**version.__dict__, "adapter": name, "source": source or version.source})
+    return replace(version, adapter=name, source=source or version.source)
 
 
 def _run(open_catalog: Callable[[Callable[[], float]], Catalog], examples: int, steps: int) -> type[CatalogMachine]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,22 @@ def test_processes_that_start_at_once_make_one_schema(catalog_url: str) -> None:
     assert [r.spec.name for r in catalog.registrations()] == [f"of-{number}" for number in range(5)]
     catalog.close()
     assert_whole(catalog_url)
+
+
+def test_sqlites_journal_is_set_up_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Whoever finds another at it waits: SQLite itself would answer some of them that the file is locked."""
+    path = tmp_path / "catalog.db"
+    opened: list[Catalog] = []
+    thread = threading.Thread(target=lambda: opened.append(Catalog(f"sqlite:///{path}")))
+    with (tmp_path / "catalog.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        _wait(path.exists)
+        thread.join(0.5)
+        assert thread.is_alive() and path.stat().st_size == 0
+    thread.join(60)
+    assert opened[0].revision() == 0
+    opened[0].close()
 
 
 def _count(pipe: Connection, _: int, url: str) -> None:
@@ -267,7 +285,7 @@ def mortal() -> Iterator[PostgreSQL]:
 
 def test_postgresql_is_killed_and_comes_back(mortal: PostgreSQL) -> None:
     url = mortal.new_database()
-    catalog = Catalog(url)
+    catalog, idle = Catalog(url), Catalog(url)
     written: list[str] = []
     failed = threading.Event()
     done = threading.Event()
@@ -286,11 +304,13 @@ def test_postgresql_is_killed_and_comes_back(mortal: PostgreSQL) -> None:
     try:
         for _ in range(2):
             before = len(written)
+            assert idle.revision() >= 0
             failed.clear()
             _wait(lambda: len(written) > before + 5)  # noqa: B023 - called at once
             mortal.kill()
             assert failed.wait(30), "nobody noticed"
             mortal.start()
+            assert idle.revision() >= before, "it has not heard of the death, and finds out by itself"
             after = len(written)
             _wait(lambda: len(written) > after)  # noqa: B023
     finally:
@@ -298,6 +318,7 @@ def test_postgresql_is_killed_and_comes_back(mortal: PostgreSQL) -> None:
         writer.join()
     assert {r.spec.name for r in catalog.registrations(limit=100_000)} >= set(written)
     catalog.close()
+    idle.close()
     assert_whole(url)
 
 

@@ -52,7 +52,8 @@ def test_200_random_mixed_batches_equal_peft_alone(kind: str, tmp_path: Path) ->
                 assert isinstance(result, RowResult), result
                 expected = peft_logits(alone[str(row.adapter)], row.inputs)  # type: ignore[arg-type]
                 assert result.logits.shape == (cases[str(row.adapter)][0],)
-                np.testing.assert_allclose(result.logits, expected, atol=1e-5, rtol=0)
+                # Products of float32 differ by more than 1e-5 where numbers are larger than 1, on some CPUs.
+                np.testing.assert_allclose(result.logits, expected, atol=1e-5, rtol=1e-5)
         assert weights_digest(engine.base.model) == before
         fresh = weights_digest(base.fresh(2))
         # The shared backbone has every part that some head may want; this task's own model need not have them all.

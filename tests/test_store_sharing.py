@@ -19,7 +19,6 @@ from typing import BinaryIO
 import pytest
 
 from adapter_router.catalog import copying
-from adapter_router.catalog import store as store_module
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 
@@ -427,7 +426,7 @@ def test_a_file_that_becomes_a_link_is_not_followed(
     made(tmp_path / "secret", b"secret")
     secret = tmp_path / "secret" / ("" if way == "folder" else moved.name)
     copied: list[bytes] = []
-    copy, check = copying._copy, store_module.identity
+    copy, check = copying._copy, copying.identity
 
     def swap(directory: Path) -> object:
         seen = check(directory)
@@ -440,7 +439,7 @@ def test_a_file_that_becomes_a_link_is_not_followed(
         copy(reader, target, *others)  # type: ignore[arg-type]
         copied.append(target.read_bytes())
 
-    monkeypatch.setattr(store_module, "identity", swap)
+    monkeypatch.setattr(copying, "identity", swap)
     monkeypatch.setattr(copying, "_copy", noting)
     with pytest.raises(AdapterRejected, match="a link to a place outside"):
         store.admit(source)

@@ -84,5 +84,5 @@ def _tidied(config: bytes) -> bytes:
         return config
     for name in _SETS:
         if isinstance(entries := document.get(name), list) and all(isinstance(entry, str) for entry in entries):
-            document[name] = sorted(entries)
+            document[name] = sorted(set(entries))
     return json.dumps({name: value for name, value in document.items() if name != _NOT_LOOKED_AT}).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import stat
 from collections.abc import Mapping
@@ -72,12 +73,12 @@ def directory_problems(directory: Path, max_bytes: int) -> list[str]:
 
 def identity(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
     """What changes when a file of ``directory`` is written or replaced: name, inode, bytes and time of each."""
-    return tuple(
-        (name, status.st_ino, status.st_size, status.st_mtime_ns)
-        for name in FILES
-        if (directory / name).exists()
-        for status in [(directory / name).stat()]
-    )
+    found = []
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = (directory / name).stat()
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def _file_problem(name: str, directory: Path, max_bytes: int) -> str | None:

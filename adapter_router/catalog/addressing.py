@@ -74,20 +74,20 @@ def action_of(path: str) -> str | None:
 
 
 def each_version(rows: Sequence[Row], find: Finding[_Found]) -> list[_Found]:
-    """What every row's adapter means; a mix is asked of ``find`` once for each sticky key.
+    """What every row's adapter means, each asked of ``find`` once.
 
-    Rows without a key draw their version each on their own where there are several, so nothing is remembered of them.
+    Rows without a sticky key draw their version each on their own where there are several, so of them only errors are
+    remembered.
     """
-    mixes: dict[tuple[int, str | None, str], _Found] = {}
+    known: dict[tuple[object, str | None, str | None], _Found] = {}
     found = []
     for row in rows:
-        if not isinstance(row.adapter, Mapping) or row.sticky_key is None:
-            found.append(find(row.adapter, row.head, row.sticky_key))
-            continue
-        key = (id(row.adapter), row.head, row.sticky_key)
-        if key not in mixes:
-            mixes[key] = find(row.adapter, row.head, row.sticky_key)
-        found.append(mixes[key])
+        adapter = id(row.adapter) if isinstance(row.adapter, Mapping) else row.adapter
+        key = (adapter, row.head, row.sticky_key)
+        meant = known[key] if key in known else find(row.adapter, row.head, row.sticky_key)
+        if row.sticky_key is not None or isinstance(meant, AdapterRouterError):
+            known[key] = meant
+        found.append(meant)
     return found
 
 

@@ -15,8 +15,10 @@ _LONGEST = 100
 
 
 def nothing_named(connection: Connection, name: str) -> AdapterNotFound:
-    """The error for ``name``. One query of a fixed number of rows."""
+    """The error for ``name``, be it only that it is an alias. Queries of a fixed number of rows."""
     known = aliases.c.name
+    if connection.execute(select(known).where(known == name)).scalar() is not None:
+        return AdapterNotFound(f"{name!r} is an alias, not an adapter", "model")
     before = select(known).where(known < name).order_by(known.desc()).limit(_COMPARED).subquery()
     after = select(known).where(known > name).order_by(known).limit(_COMPARED).subquery()
     names = connection.execute(union_all(select(before.c.name), select(after.c.name))).scalars()

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import BinaryIO
 
-from adapter_router.catalog.adapter_files import FILES, ContentHash, escapes, largest, link_problem
+from adapter_router.catalog.adapter_files import ContentHash, escapes, identity, largest, link_problem
 
 _CHUNK_BYTES = 1 << 20
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+
+
+class Replaced(Exception):
+    """A file was another than a moment ago; the next copy may be of one piece."""
 
 
 def copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
     """Copy the files of ``directory``, a path without links, to ``staging``; returns the digest of what was copied.
 
-    Raises OSError, and ValueError when a file is not what it was when the directory was checked.
+    Raises OSError, Replaced, and ValueError when a file now leads elsewhere or is too large.
     """
     hasher = ContentHash()
-    for name in FILES:
-        if (directory / name).exists():
-            (staging / name).parent.mkdir(exist_ok=True)
-            hasher.start_file(name)
-            with _opened(name, directory) as source:
-                _copy(source, staging / name, hasher, largest(name, max_bytes))
+    before = identity(directory)
+    for name, *_ in before:
+        (staging / name).parent.mkdir(exist_ok=True)
+        hasher.start_file(name)
+        actual = (directory / name).resolve()
+        if escapes(actual, directory):
+            raise ValueError(link_problem(name))
+        with _open_without_links(actual) as source:
+            _copy(source, staging / name, hasher, largest(name, max_bytes))
+    if identity(directory) != before:
+        raise Replaced
     return hasher.digest()
 
 
-def _opened(name: str, directory: Path) -> BinaryIO:
-    """The file ``name``, checked again."""
-    actual = (directory / name).resolve()
-    if escapes(actual, directory):
-        raise ValueError(link_problem(name))
-    # O_NONBLOCK: should it be a FIFO by now, fail instead of hanging.
-    descriptor = os.open(actual, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    opened = os.fdopen(descriptor, "rb")
-    descriptors = Path("/proc/self/fd")  # says what a descriptor leads to, whatever became of the way there
-    if descriptors.exists() and (descriptors / str(descriptor)).readlink() != actual:
-        opened.close()
-        raise ValueError(f"{name} was replaced while it was copied; wait until that is done, and try again")
-    return opened
+def _open_without_links(path: Path) -> BinaryIO:
+    """``path`` has been followed to its end; what has become a link since then leads nobody anywhere."""
+    folder = os.open(path.anchor, _FOLDER)
+    try:
+        for part in path.parts[1:-1]:
+            inner = os.open(part, _FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        # O_NONBLOCK: should it be a FIFO by now, fail instead of hanging.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.fdopen(os.open(path.name, flags, dir_fd=folder), "rb")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENOENT):
+            raise Replaced from error
+        raise
+    finally:
+        os.close(folder)
 
 
 def _copy(source: BinaryIO, target: Path, hasher: ContentHash, max_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ class Database:
             yield
         except (IntegrityError, ProgrammingError, DataError):
             raise  # a fault of ours, and no other time will be better
-        except (DBAPIError, TimeoutError) as error:
+        except (DBAPIError, TimeoutError, sqlite3.Error) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
             raise CatalogUnavailable(f"the catalog's database does not answer as it should: {cause}") from error
 

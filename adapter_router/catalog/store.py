@@ -31,9 +31,8 @@ from adapter_router.catalog.adapter_files import (
     WEIGHTS,
     ContentHash,
     directory_problems,
-    identity,
 )
-from adapter_router.catalog.copying import copy_files
+from adapter_router.catalog.copying import Replaced, copy_files
 from adapter_router.catalog.holds import Hold, hold, take
 from adapter_router.catalog.location import resolve
 from adapter_router.catalog.store_index import StoreIndex, bytes_of
@@ -121,10 +120,9 @@ class ContentStore:
             directory = self._checked(source, followed=followed)
             try:
                 with self.scratch() as staging:
-                    before = identity(directory)
-                    digest = copy_files(directory, staging, self.max_bytes)
-                    if identity(directory) == before:
-                        return self.adopt(staging, digest)
+                    return self.adopt(staging, copy_files(directory, staging, self.max_bytes))
+            except Replaced:
+                continue
             except OSError as error:
                 raise AdapterRejected.because([f"{source} cannot be copied: {error.strerror}"]) from error
             except ValueError as error:

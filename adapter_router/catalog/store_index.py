@@ -20,7 +20,7 @@ from adapter_router.catalog.adapter_files import FILES
 
 _Result = TypeVar("_Result")
 
-_BUSY_S = 30.0
+_BUSY_S = 5.0
 _SCHEMA = (
     "CREATE TABLE copies (digest TEXT PRIMARY KEY, bytes INTEGER NOT NULL, used REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX by_use ON copies (used, digest)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -21,6 +22,9 @@ class Screen:
     """Answers on standard output, as JSON for scripts or as tables; everything else on standard error."""
 
     def __init__(self, *, as_json: bool) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # names of adapters and places need not be of its characters
+                stream.reconfigure(errors="backslashreplace")
         self.as_json = as_json
         self.talk = _console(stderr=True)
         self._answers = _console(stderr=False)
@@ -42,7 +46,7 @@ class Screen:
         """One remark for people."""
         text = _text(line)
         text.stylize(style)
-        self.talk.print(text, highlight=False)
+        self.talk.print(text, highlight=False, soft_wrap=True)
 
     def complain(self, message: str, problems: Sequence[str] = ()) -> None:
         """What went wrong, and every reason that ``message`` does not list itself."""
@@ -56,15 +60,15 @@ def adapters(entries: Iterable[Mapping[str, Any]]) -> Table:
     """A line for each registration."""
     table = _table("adapter", "phase", "means", "task", "base", "", "why")
     for entry in entries:
-        reason = (entry["error"] or {}).get("message", "")
+        target = entry["targets"][0] if entry["targets"] else {}
         table.add_row(
             _text(entry["name"]),
             Text(entry["phase"], _PHASE_STYLES.get(entry["phase"], "yellow")),
             _text(meaning(entry["targets"], entry["name"])),
-            _text(entry["task"]),
-            _text(entry["base"]),
+            _text(target.get("task", entry["task"])),
+            _text(target.get("base", entry["base"])),
             _text(" ".join(flag for flag in ("pinned", "preload", "lazy", "managed") if entry[flag])),
-            _text(reason),
+            _text(_reason(entry["error"])),
         )
     return table
 
@@ -74,7 +78,7 @@ def adapter(entry: Mapping[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     told = {**entry, "targets": meaning(entry["targets"], entry["name"])}
     for key, value in told.items():
-        if value in (None, "", []) or value is False:
+        if value in (None, "", [], 0):
             continue
         shown = _moment(value) if key in ("created", "updated", "retry_at") else _spelled(value)
         table.add_row(Text(key, "bold"), _text(shown))
@@ -177,6 +181,12 @@ def meaning(targets: Sequence[Mapping[str, Any]], name: str) -> str:
         return spelled[0]
     shares = (f"{100 * target['weight'] / total:.3g}%" for target in targets)
     return ", ".join(f"{share} {version}" for share, version in zip(shares, spelled, strict=True))
+
+
+def _reason(error: Mapping[str, Any] | None) -> str:
+    """The first of the reasons: there may be many in a list of many."""
+    problems = error["problems"] or [error["message"]] if error else [""]
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
 def _console(*, stderr: bool) -> Console:

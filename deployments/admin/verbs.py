@@ -31,10 +31,11 @@ def report(outcome: Mapping[str, Any] | Refused, screen: Screen) -> int:
     """What became of one registration."""
     if isinstance(outcome, Refused):
         raise outcome
-    screen.show(outcome, tables.adapters([outcome]))
     if (error := outcome["error"]) is None:
+        screen.show(outcome, tables.adapters([outcome]))
         return 0
-    screen.complain(error["message"], error["problems"])
+    screen.show(outcome)
+    screen.complain(f"{outcome['name']} failed: {error['message']}", error["problems"])
     if outcome["retry_at"]:
         screen.say(f"it is tried again in {max(0.0, outcome['retry_at'] - time.time()):.0f} s")
     return 1

@@ -9,9 +9,10 @@ from typing import Any
 
 from adapter_router.catalog.differences import Difference
 from adapter_router.catalog.overview import Meant
-from adapter_router.catalog.records import Alias, Event, Registration, VersionRecord
+from adapter_router.catalog.records import Alias, Event, Registration, Target, VersionRecord
 from adapter_router.catalog.sources.address import redacted
 from adapter_router.errors import AdapterFailed, AdapterRejected, AdapterRouterError
+from adapter_router.types import AdapterVersion
 from deployments.router import Router
 
 
@@ -19,7 +20,7 @@ async def registrations(router: Router, found: Sequence[Registration]) -> list[d
     """Registrations, and what their names mean now."""
     adapters = router.adapters
     meant = await adapters.registrar.read(adapters.catalog.meant, [entry.spec.name for entry in found])
-    return [_registration(entry, meant.get(entry.spec.name, ())) for entry in found]
+    return [_registration(router, entry, meant.get(entry.spec.name, ())) for entry in found]
 
 
 async def registration(router: Router, found: Registration) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _shown(field: str, value: object) -> object:
     return redacted(value) if field == "uri" and isinstance(value, str) else value
 
 
-def _registration(found: Registration, meant: Meant) -> dict[str, Any]:
+def _registration(router: Router, found: Registration, meant: Meant) -> dict[str, Any]:
     spec = found.spec
     return {
         "name": spec.name,
@@ -105,12 +106,23 @@ def _registration(found: Registration, meant: Meant) -> dict[str, Any]:
         "preload": spec.preload,
         "lazy": spec.lazy,
         "managed": found.managed,
-        "targets": [{**asdict(target), "version": version.digest} for target, version in meant],
+        "targets": [_target(router, target, version) for target, version in meant],
         "attempts": found.attempts,
         "retry_at": found.retry_at,
         "error": reasons(found),
         "created": found.created,
         "updated": found.updated,
+    }
+
+
+def _target(router: Router, target: Target, version: AdapterVersion) -> dict[str, Any]:
+    """A version that a name means, and what it turned out to be."""
+    return {
+        **asdict(target),
+        "version": version.digest,
+        "base": base_name(router, version.base),
+        "task": version.task,
+        "num_labels": len(version.labels),
     }
 
 

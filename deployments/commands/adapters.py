@@ -33,7 +33,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0: done; 1: the server refused it, or an adapter failed; 2: no server, or a file cannot be read."""
+    """Exit status 0: done; 1: the server refused it, or an adapter failed; 2: no server, or a file cannot be read.
+
+    130: interrupted.
+    """
     try:
         from deployments.admin import importing, verbs  # noqa: PLC0415 - only this command needs rich and httpx
         from deployments.admin.client import Refused, Server, Unreachable  # noqa: PLC0415
@@ -70,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
         screen.complain(f"{error}\nstart a server with `adapter-router serve`, or say with --url where one is")
     except OSError as error:
         screen.complain(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        screen.complain("interrupted; what the server was told to do, it goes on doing")
+        return 130
     return 2
 
 

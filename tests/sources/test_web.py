@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from adapter_router.types import Source
 from tests.sources.conftest import CONFIG, WEIGHTS, copies, put, quick, unfinished
 from tests.sources.web_server import (
     Fault,
+    Proxy,
     WebServer,
     chunked,
     cut,
@@ -175,6 +179,14 @@ def test_a_server_may_say_when_to_come_back(web: WebServer, fetcher: Fetcher) ->
     begun = time.monotonic()
     fetch(fetcher, uri)
     assert time.monotonic() - begun >= 1
+
+
+def test_one_that_says_to_come_back_in_an_hour_holds_nobody_that_long(web: WebServer, fetcher: Fetcher) -> None:
+    uri = put(web, "/a")
+    web.site.fail(f"/a/{CONFIG}", *[status(429, Retry_After="3600")] * 9)
+    begun = time.monotonic()
+    assert "429" in unavailable(fetcher, uri)
+    assert time.monotonic() - begun < 10 and len(web.site.asked("GET", CONFIG)) == 1
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 418])
@@ -351,6 +363,43 @@ def test_all_hosts_are_not_all_addresses(host: str, web: WebServer, store: Conte
     text = refusal(Fetcher(quick("https://"), store), f"https://{host}:{web.port}/a")
     assert "not a public address" in text or "names no host" in text
     assert web.site.requests == []
+
+
+def test_a_name_that_changes_its_address_after_the_check_gives_nothing(
+    store: ContentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for the first time, once for each file, the name has a public address; then it has one inside."""
+    inside, find, asked = WebServer(), socket.getaddrinfo, itertools.count()
+
+    def rebound(host: str | bytes, *others: Any, **options: Any) -> Any:
+        if host not in ("rebound.test", b"rebound.test"):
+            return find(host, *others, **options)
+        return find("8.8.8.8" if next(asked) < 5 else "127.0.0.1", *others, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebound)
+    try:
+        put(inside, "/a", b"secret")
+        text = refusal(Fetcher(quick("http://"), store), f"http://rebound.test:{inside.port}/a")
+        assert "127.0.0.1, which is not a public address" in text
+        assert inside.site.asked("GET", "") == []
+    finally:
+        inside.close()
+
+
+def test_behind_a_proxy_it_is_the_proxy_that_is_asked(
+    web: WebServer, store: ContentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, proxy = put(web, "/a", LARGE), Proxy()
+    try:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        fetcher = Fetcher(quick("https://"), store)  # which addresses a name has is none of ours to know then
+        assert fetch(fetcher, uri).read().weights == LARGE
+        assert set(proxy.asked) == {f"localhost:{web.port}"}
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        with pytest.raises(AdapterRejected, match="not a public address"):
+            fetcher.fetch(Source(uri))
+    finally:
+        proxy.close()
 
 
 def test_redirects_in_circles_end(web: WebServer, fetcher: Fetcher) -> None:

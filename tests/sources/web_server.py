@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import ipaddress
 import re
+import socket
 import ssl
 import threading
 from collections import defaultdict, deque
@@ -200,6 +201,45 @@ class WebServer:
         self.site.closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+class Proxy:
+    """Connects clients to what they ask for; ``asked`` says what that was."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        proxy = self
+
+        class Tunnel(BaseHTTPRequestHandler):
+            def do_CONNECT(self) -> None:
+                proxy.asked.append(self.path)
+                host, _, port = self.path.rpartition(":")
+                with socket.create_connection((host, int(port))) as far:
+                    self.send_response(200)
+                    self.end_headers()
+                    back = threading.Thread(target=_pour, args=(far, self.connection), daemon=True)
+                    back.start()
+                    _pour(self.connection, far)
+                    back.join()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Tunnel)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _pour(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 # -- what may go wrong ---------------------------------------------------------------------------------------------

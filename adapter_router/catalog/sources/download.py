@@ -90,7 +90,7 @@ class Download:
 
     async def _wait_after(self, failure: Failing) -> None:
         self._failures += 1
-        if self._failures >= self._config.attempts:
+        if self._failures >= self._config.attempts or (failure.retry_after or 0.0) > _LONGEST_PAUSE_S:
             raise failure
         doubled = min(self._config.backoff_s * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
         await asyncio.sleep(max(doubled * random.uniform(0.5, 1.0), failure.retry_after or 0.0))

@@ -62,7 +62,7 @@ class HubRepository:
         self._api = HfApi(endpoint=secret.get("endpoint"), token=secret.get("token"))
         self._commit: str | None = None
         authorization = build_hf_headers(token=secret.get("token")).get("authorization")
-        self._web = Web(_HubGuard(self._api.endpoint), self._url, clients.make(), authorization)
+        self._web = Web(_HubGuard(self._api.endpoint), self._url, clients, authorization)
 
     async def __aenter__(self) -> HubRepository:
         return self

@@ -42,7 +42,7 @@ class Places:
                 yield repository
         elif address.scheme in ("https", "http"):
             authorization, query = _web_credentials(secret)
-            async with Web(self._policy, address.url, self._clients.make(), authorization, query) as web:
+            async with Web(self._policy, address.url, self._clients, authorization, query) as web:
                 yield web
         else:
             yield await asyncio.to_thread(self._object_stores.folder, address, secret)

@@ -43,13 +43,15 @@ class Clients:
         self._lock = threading.Lock()
         self._trust: ssl.SSLContext | None = None
 
-    def make(self) -> httpx2.AsyncClient:
-        """For one event loop."""
+    def make(self, proxy: str | None) -> httpx2.AsyncClient:
+        """For one event loop. It asks through ``proxy`` or directly, whatever the environment says."""
         with self._lock:
             if self._trust is None:
                 self._trust = httpx2.create_ssl_context()
         return httpx2.AsyncClient(
             verify=self._trust,
+            trust_env=False,
+            proxy=proxy,
             timeout=self._idle_timeout_s,
             headers={"Accept-Encoding": "identity", "User-Agent": "adapter-router"},
             limits=httpx2.Limits(max_connections=None),
@@ -67,14 +69,15 @@ class Web:
         self,
         guard: Guard,
         url: Callable[[str], str],
-        client: httpx2.AsyncClient,
+        clients: Clients,
         authorization: str | None = None,
         query: str | None = None,
     ) -> None:
         self._guard = guard
         self._url = url
         self._origin = _origin(url(""))
-        self._client = client
+        self._clients = clients
+        self._open: dict[str | None, httpx2.AsyncClient] = {}  # by proxy
         self._authorization = authorization
         self._query = query
 
@@ -82,7 +85,8 @@ class Web:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
+        for client in self._open.values():
+            await client.aclose()
 
     async def files(self) -> Mapping[str, RemoteFile]:
         found = await asyncio.gather(*(self._look_at(name) for name in FILES))
@@ -129,10 +133,13 @@ class Web:
         url = self._url(name) + (f"?{self._query}" if self._query else "")
         try:
             for _ in range(_MOST_REDIRECTS + 1):
-                address = await self._checked(url)
+                proxy = _proxy(url)
+                address = await self._checked(url, proxy)
                 own = {"Authorization": self._authorization} if self._is_own(url) and self._authorization else {}
-                async with self._client.stream(method, url, headers={**(headers or {}), **own}) as response:
-                    self._check_peer(response, address)
+                client = self._client(proxy)
+                async with client.stream(method, url, headers={**(headers or {}), **own}) as response:
+                    if proxy is None:
+                        self._check_peer(response, address)
                     if response.status_code not in _REDIRECTS:
                         yield response
                         return
@@ -143,13 +150,18 @@ class Web:
             raise refused([f"{name}: {type(error).__name__}"]) from None
         raise refused([f"{name}: more than {_MOST_REDIRECTS} redirects"])
 
-    async def _checked(self, url: str) -> Address:
+    def _client(self, proxy: str | None) -> httpx2.AsyncClient:
+        if proxy not in self._open:
+            self._open[proxy] = self._clients.make(proxy)
+        return self._open[proxy]
+
+    async def _checked(self, url: str, proxy: str | None) -> Address:
         address, problems = parse_redirect(url)
         if address is None or problems:
             raise refused(f"a redirect leads to {problem}" for problem in problems)
         self._guard.check(address)
         host, port = urlsplit(url).hostname or "", urlsplit(url).port
-        if _proxy(address.scheme, host) is None:  # else it is the proxy that knows addresses, and decides
+        if proxy is None:  # else it is the proxy that knows addresses, and decides
             try:
                 found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
             except (OSError, UnicodeError):
@@ -162,7 +174,7 @@ class Web:
         """Whom we talk to: a name may have been another's when it was checked."""
         stream = response.extensions.get("network_stream")
         peer = stream.get_extra_info("server_addr") if stream is not None else None
-        if peer is not None and _proxy(address.scheme, urlsplit(str(response.url)).hostname or "") is None:
+        if peer is not None:
             self._guard.check_ip(address, str(ipaddress.ip_address(peer[0].partition("%")[0])))
 
     def _is_own(self, url: str) -> bool:
@@ -243,7 +255,8 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
 
-def _proxy(scheme: str, host: str) -> str | None:
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(scheme) or proxies.get("all")
-    return None if proxy is None or urllib.request.proxy_bypass(host) else proxy
+def _proxy(url: str) -> str | None:
+    """The one that the environment wants ``url`` to be asked through."""
+    parts, proxies = urlsplit(url), urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return None if proxy is None or urllib.request.proxy_bypass(parts.hostname or "") else proxy
