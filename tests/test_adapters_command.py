@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.admin.client import Server
 from deployments.admin.importing import adapter_directories
 from deployments.cli import main
 from tests.local_app import LocalApp, local_app
@@ -225,6 +226,24 @@ def test_a_folder_is_imported_whole(shell: Shell, local: LocalApp, folder: Path,
     assert [entry["phase"] for entry in again["data"]] == ["Ready", "Ready"] and again["failed"] == {}
 
 
+def test_following_reads_each_event_once(
+    shell: Shell, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.admin.client._PAGE", 2)
+    asked: list[int] = []
+    ask_server = Server.ask
+
+    def noted(server: Server, method: str, path: str, *args: Any, **more: Any) -> Any:
+        answer = ask_server(server, method, path, *args, **more)
+        if path == "/v1/events" and "after" in more["query"]:
+            asked.extend(event["revision"] for event in answer["data"])
+        return answer
+
+    monkeypatch.setattr(Server, "ask", noted)
+    shell.run("import-dir", folder, "--prefix", f"{name}/")
+    assert len(asked) == len(set(asked)) >= 2 * len(["registered", "Fetching", "Validating", "version", "alias"])
+
+
 def test_what_cannot_be_imported_is_told_and_the_rest_is_there(
     shell: Shell, local: LocalApp, folder: Path, tiny_bert: TinyBase, name: str
 ) -> None:
@@ -332,7 +351,6 @@ def test_interrupted_it_says_what_goes_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deployments.admin.following._registration", lambda *_: {"phase": "Fetching"})
     monkeypatch.setattr("deployments.admin.following._touched", interrupt)
     assert "goes on" in shell.fail("add", name, directory, status=130)
     wait_for(lambda: ask(local, "GET", f"/v1/adapters/{name}")["phase"] == "Ready")

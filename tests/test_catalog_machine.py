@@ -59,7 +59,7 @@ versions = st.builds(
     st.sampled_from((("x", "y"), ("n", "m"))),
     st.just("softmax"),
     base=st.sampled_from(BASES),
-    source=st.sampled_from((None, Source("/1"), Source("/2", revision="main"))),
+    source=st.sampled_from((None, None, None, Source("/1"), Source("/2", revision="main"))),
     num_bytes=st.integers(0, 2),
 )
 failures = st.sampled_from((None, AdapterRejected("no", None, ("one", "two\0")), AdapterUnavailable("later")))
@@ -106,9 +106,9 @@ class CatalogMachine(RuleBasedStateMachine):
         assert expected is None, f"{expected} was not raised"
         return got, result
 
-    @initialize(registered=st.lists(st.tuples(specs, st.lists(versions, max_size=3)), max_size=3))
+    @initialize(registered=st.lists(st.tuples(specs, st.lists(versions, min_size=1, max_size=3)), min_size=2))
     def begin(self, registered: list[tuple[AdapterSpec, list[AdapterVersion]]]) -> None:
-        """Seldom with nothing."""
+        """With something, or most of what is tried would be refused."""
         for spec, found in registered:
             self.register(spec, replace=True, managed=False)
             for version in found:
@@ -187,8 +187,10 @@ class CatalogMachine(RuleBasedStateMachine):
         )
         assert results is None or results[0] == results[1]
 
-    @rule(name=names, number=st.integers(1, 3))
-    def retire(self, name: str, number: int) -> None:
+    @rule(data=st.data())
+    def retire(self, data: st.DataObject) -> None:
+        there = [(a, record.number) for a, known in self.model.adapters.items() for record in known.versions]
+        name, number = data.draw(st.sampled_from((*there, ("a", 1), ("b", 7))))
         self.both(lambda: self.catalog.retire(name, number), lambda: self.model.retire(name, number))
 
     @rule(name=any_names, data=st.data(), times=st.integers(1, 2))
@@ -209,8 +211,10 @@ class CatalogMachine(RuleBasedStateMachine):
             self.catalog.set_alias(name, weights, expected=before + 1)
         assert self.catalog.revision() == before
 
-    @rule(name=any_names, times=st.integers(1, 3))
-    def rollback(self, name: str, times: int) -> None:
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def rollback(self, data: st.DataObject, times: int) -> None:
+        changed = [name for name, known in self.model.names.items() if known.history]
+        name = data.draw(st.sampled_from((*changed, *changed, *NAMES, *ALIASES)))
         for _ in range(times):
             self.both(lambda: self.catalog.rollback(name), lambda: self.model.rollback(name))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -189,6 +189,34 @@ def test_a_name_declared_twice_is_refused(catalog: Catalog) -> None:
     for method in (drift, apply):
         with pytest.raises(InvalidRequest, match="'food' is declared 2 times"):
             method([spec("food"), spec("food", "/other")], catalog)
+
+
+class Interrupted(Catalog):
+    """A catalog in which somebody does something once it has been compared, and before it is changed."""
+
+    def __init__(self, url: str, meanwhile: Callable[[Catalog], object]) -> None:
+        super().__init__(url)
+        self.meanwhile = meanwhile
+
+    def drift(self, declared: Sequence[AdapterSpec]) -> list[Difference]:
+        found = super().drift(declared)
+        self.meanwhile(self)
+        return found
+
+
+def test_what_others_do_meanwhile_is_not_undone(catalog: Catalog, catalog_url: str) -> None:
+    apply([spec("food"), spec("drinks")], catalog)
+
+    def by_hand(there: Catalog) -> None:
+        there.remove("food")
+        there.register(spec("food", "/by-hand"))
+        there.register(spec("new", "/by-hand"))
+
+    interrupted = Interrupted(catalog_url, by_hand)
+    done = apply([spec("new", "/declared")], interrupted)
+    interrupted.close()
+    assert kinds(done) == {"new": "conflict", "drinks": "removed"}
+    assert [r.spec.source.uri for r in catalog.registrations()] == ["/by-hand", "/by-hand"]
 
 
 def _apply(url: str) -> None:

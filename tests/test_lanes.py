@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -24,21 +25,37 @@ def test_a_lane_that_hangs_holds_up_no_other() -> None:
     assert all(future.result(WAIT_S) for future in stuck)
 
 
-def test_no_more_threads_than_allowed_and_none_without_work() -> None:
-    lanes, go_on, started = Lanes("test", width=3, most=5), threading.Event(), list[str]()
+@pytest.mark.parametrize(("most", "running"), [(50, {"a": 3, "b": 3, "c": 1}), (5, None)])
+def test_no_more_threads_than_allowed_and_none_without_work(
+    monkeypatch: pytest.MonkeyPatch, most: int, running: dict[str, int] | None
+) -> None:
+    monkeypatch.setattr("adapter_router.engine.lanes._IDLE_S", 0.01)
+    lanes, go_on, started = Lanes("test", width=3, most=most), threading.Event(), list[str]()
 
     def work(lane: str) -> None:
         started.append(lane)
         go_on.wait(WAIT_S)
 
     futures = [lanes.submit(lane, lambda lane=lane: work(lane)) for lane in "aaaabbbbc"]  # type: ignore[misc]
-    _wait_until(lambda: len(started) >= 5)
-    assert sorted(started) == ["a", "a", "a", "b", "b"] and len(lanes._threads) == 5
+    _wait_until(lambda: len(started) >= (5 if running is None else 7))
+    assert len(lanes._threads) == (5 if running is None else 7)
+    assert running is None or Counter(started) == running
     go_on.set()
     for future in futures:
         future.result(WAIT_S)
     assert sorted(started) == sorted("aaaabbbbc")
     _wait_until(lambda: not lanes._threads and not lanes._lanes)
+
+
+def test_threads_are_used_again_and_work_never_waits_for_one() -> None:
+    lanes = Lanes("test", width=2, most=50)
+    for _ in range(200):
+        lanes.submit("quick", lambda: None).result(WAIT_S)
+    assert len(lanes._threads) <= 2
+    both = threading.Barrier(2)
+    for _ in range(200):  # two at once, though one thread that was woken has not begun yet
+        futures = [lanes.submit(lane, lambda: both.wait(WAIT_S)) for lane in ("one", "other")]
+        assert sorted(future.result(WAIT_S) for future in futures) == [0, 1]
 
 
 def test_work_of_a_lane_is_done_in_its_order() -> None:

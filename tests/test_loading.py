@@ -174,6 +174,29 @@ def test_mixes_cannot_occupy_the_loaders(make: Any, sources: Sources) -> None:
     assert len(results) == 10 and all(isinstance(result, RowResult) for result in results)
 
 
+def test_a_mix_that_takes_long_to_compute_holds_up_mixes_alone(
+    make: Any, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, versions = make(loader_threads=1)
+    reader = engine._residency._loading._reader
+    compute = reader._mix
+
+    def slowly(*args: Any) -> Any:
+        sources.entered.release()
+        assert sources.go_on.wait(WAIT_S)
+        return compute(*args)
+
+    monkeypatch.setattr(reader, "_mix", slowly)
+    rows = [Row(FEATURES, {"a0": 1.0, "a1": float(weight)}, head="a0") for weight in range(4)]
+    thread = threading.Thread(target=engine.infer, args=(rows,), daemon=True)
+    thread.start()
+    assert sources.entered.acquire(timeout=WAIT_S)
+    assert isinstance(ask(engine, versions["a2"])[0], RowResult)
+    assert not sources.entered.acquire(blocking=False), "one mix at once"
+    sources.go_on.set()
+    thread.join(WAIT_S)
+
+
 def test_one_load_serves_all_who_ask(make: Any, sources: Sources) -> None:
     engine, versions = make()
     sources.hung = {"a0"}
@@ -293,6 +316,21 @@ def test_evicted_adapters_come_back_from_host_memory(make: Any, sources: Sources
     assert {held.tier for held in engine.residency()} == {"device", "host"}
 
 
+def test_room_for_one_row_is_not_made_at_the_cost_of_its_neighbour(make: Any) -> None:
+    engine, versions = make(adapter_memory_bytes=2 * ONE)
+    for name, times in (("a2", 3), ("a0", 2), ("a1", 1)):
+        for _ in range(times):
+            ask(engine, versions[name])
+    wanted = {versions[name].digest for name in ("a0", "a1")}
+    ask(engine, versions["a2"])
+    while versions["a1"].digest not in engine.resident():  # beside a2 now, and worth the least
+        ask(engine, versions["a1"])
+    promotions = sample(engine, "adapter_promotions_total")
+    ask(engine, versions["a0"], versions["a1"])
+    assert set(engine.resident()) == wanted
+    assert sample(engine, "adapter_promotions_total") == promotions + 1
+
+
 def test_without_host_memory_they_are_read_again(make: Any, sources: Sources) -> None:
     engine, versions = make(adapter_memory_bytes=3 * ONE, host_memory_bytes=0)
     for _ in range(2):
@@ -361,6 +399,8 @@ def test_warm_waits_and_prefetch_does_not(make: Any, sources: Sources) -> None:
     engine.prefetch(versions["a1"])
     with pytest.raises(AdapterUnavailable, match="gone"):
         engine.warm(versions["a1"])
+    engine.prefetch(versions["a0"])
+    assert [held.leases for held in engine.residency()] == [0]
 
 
 def test_an_adapter_dropped_while_rows_use_it_is_gone_after_them(make: Any) -> None:

@@ -108,6 +108,9 @@ def _worded(error: ValidationError) -> list[str]:
     problems = []
     for each in error.errors(include_url=False):
         path = ".".join(map(str, each["loc"])) or "entry"
+        if each["type"] == "missing":  # its input would be all the rest
+            problems.append(f"{path} is missing")
+            continue
         advice = (
             "; put quotes around it"
             if each["type"] == "string_type" and not isinstance(each["input"], list | dict)

@@ -1,6 +1,7 @@
 """Threads that work in lanes: what hangs in one lane holds up nobody in another.
 
-Threads are daemons that come with work and go without: one that hangs for ever keeps no process from ending.
+Threads are daemons that come with work and go when there has been none for a while: one that hangs for ever keeps no
+process from ending.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from adapter_router.errors import AdapterUnavailable
 
 logger = logging.getLogger(__name__)
+
+_IDLE_S = 10.0  # a thread's memory is warm: the next load finds it there
 
 _Result = TypeVar("_Result")
 
@@ -38,17 +41,19 @@ class Lanes:
         self._lanes: dict[str, _Lane] = {}
         self._threads: set[threading.Thread] = set()
         self._started = 0
+        self._working = 0
         self._closed = False
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def submit(self, lane: str, work: Callable[[], _Result]) -> Future[_Result]:
         """Run ``work`` in ``lane``. Raises AdapterUnavailable after ``close``."""
         future: Future[_Result] = Future()
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise AdapterUnavailable("the engine is closing")
             self._lanes.setdefault(lane, _Lane()).waiting.append((future, work))
-            if len(self._threads) < self._most and self._open_lane() is not None:
+            self._changed.notify()
+            if len(self._threads) - self._working < self._ready() and len(self._threads) < self._most:
                 self._started += 1
                 thread = threading.Thread(target=self._run, name=f"{self._name}-{self._started}", daemon=True)
                 self._threads.add(thread)
@@ -57,17 +62,22 @@ class Lanes:
 
     def close(self, timeout_s: float) -> None:
         """Cancel what waits, and wait for what runs, but no longer than ``timeout_s`` altogether."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             waiting = [future for lane in self._lanes.values() for future, _ in lane.waiting]
             for lane in self._lanes.values():
                 lane.waiting.clear()
             threads = list(self._threads)
+            self._changed.notify_all()
         for future in waiting:
             future.cancel()
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _ready(self) -> int:
+        """How much work may begin now; threads that have been started or woken take theirs in a moment."""
+        return sum(min(len(lane.waiting), self._width - lane.running) for lane in self._lanes.values())
 
     def _open_lane(self) -> str | None:
         """The lane with work and the fewest threads, if it may have another."""
@@ -86,18 +96,21 @@ class Lanes:
             self._leave(lane)
 
     def _next(self) -> tuple[str, Future[Any], Callable[[], Any]] | None:
-        with self._lock:
-            name = self._open_lane()
-            if name is None:
-                self._threads.discard(threading.current_thread())
-                return None
+        with self._changed:
+            while (name := self._open_lane()) is None:
+                notified = not self._closed and self._changed.wait(_IDLE_S)
+                if not notified and self._open_lane() is None:
+                    self._threads.discard(threading.current_thread())
+                    return None
             lane = self._lanes[name]
             lane.running += 1
+            self._working += 1
             return (name, *lane.waiting.popleft())
 
     def _leave(self, name: str) -> None:
-        with self._lock:
+        with self._changed:
             lane = self._lanes[name]
             lane.running -= 1
+            self._working -= 1
             if not lane.running and not lane.waiting:
                 del self._lanes[name]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from adapter_router.adapters.adapter_tensors import AdapterTensors
 from adapter_router.adapters.delta import AdapterDelta, ModuleDelta, ParameterDelta
 from adapter_router.engine.base_model import BaseModel, PreparedTask
 from adapter_router.engine.reading import Loaded
-from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter, owned
+from adapter_router.engine.resident import ChangedModule, DeviceDelta, Head, ResidentAdapter
 from adapter_router.engine.transfer import HOST
 from adapter_router.errors import AdapterRejected
 
@@ -90,15 +89,11 @@ def _heads(adapter: AdapterTensors, delta: AdapterDelta, prepared: PreparedTask)
         path: model.build_head(path, parameters, adapter.num_labels, HOST) for path, parameters in delta.saved.items()
     }
     for path, changes in delta.parameters.items():
-        heads[path] = ChangedModule(model.model.get_submodule(path), _owned(changes))
+        heads[path] = ChangedModule(model.model.get_submodule(path), changes)
     for path, module in delta.modules.items():
         if _kind(prepared, path) == "attention":
-            heads[path] = ChangedModule(model.model.get_submodule(path), _owned(attention_changes(module)))
+            heads[path] = ChangedModule(model.model.get_submodule(path), attention_changes(module))
     return heads
-
-
-def _owned(changes: Mapping[str, ParameterDelta]) -> dict[str, ParameterDelta]:
-    return {name: replace(change, a=owned(change.a), b=owned(change.b)) for name, change in changes.items()}
 
 
 def attention_changes(delta: ModuleDelta) -> dict[str, ParameterDelta]:

@@ -19,12 +19,6 @@ Head = Callable[..., Any]
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with memory of its own and no more: a view would keep the whole file, or matrix, that it is of."""
-    exact = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if exact else tensor.clone(memory_format=torch.contiguous_format)
-
-
 @dataclass(frozen=True)
 class DeviceDelta:
     """Device form of a ``ModuleDelta``, float32.
@@ -63,7 +57,7 @@ class DeviceDelta:
         """``transposed``: factors of a linear layer; ``folded``: the scaling goes into ``b``."""
 
         def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else owned(tensor.to(device, torch.float32).contiguous())
+            return None if tensor is None else tensor.to(device, torch.float32).contiguous()
 
         def turned(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return place(tensor.to(device).t() if transposed and tensor is not None else tensor)

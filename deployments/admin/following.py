@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,7 +15,6 @@ from deployments.admin.tables import Screen
 _LOOK_S = 0.2
 _STEPS = {"Registered": 0, "Fetching": 1, "Validating": 2, "Ready": 3, "Failed": 3, "Retired": 3}
 _DONE = 3
-_PAGE = 1000
 
 
 def revision(server: Server) -> int:
@@ -24,34 +23,35 @@ def revision(server: Server) -> int:
     return now
 
 
-def follow(server: Server, names: Collection[str], since: int, screen: Screen) -> dict[str, dict[str, Any] | Refused]:
-    """Wait until nothing more happens to ``names`` by itself; what became of each.
+def follow(
+    server: Server, registered: Mapping[str, dict[str, Any]], since: int, screen: Screen
+) -> dict[str, dict[str, Any] | Refused]:
+    """Wait until nothing more happens by itself to what was ``registered`` (by name); what became of each.
 
     Costs requests for what changes after revision ``since``, however many adapters there are.
     """
-    seen: dict[str, dict[str, Any] | Refused] = {}
-    look = set(names)
+    seen: dict[str, dict[str, Any] | Refused] = dict(registered)
     with _bar(screen) as bar:
-        task = bar.add_task("", total=_DONE * len(names))
+        task = bar.add_task("", total=_DONE * len(seen))
         while True:
-            seen.update({name: _registration(server, name) for name in look})
             phases = Counter(map(_phase, seen.values()))
             bar.update(task, description=_described(phases), completed=sum(_STEPS[p] * n for p, n in phases.items()))
             pending = {name for name, registration in seen.items() if _STEPS[_phase(registration)] < _DONE}
             if not pending:
                 return seen
-            look = set()
-            while not look:
-                touched, since = _touched(server, since)
-                look = touched & pending
-                if not look:
-                    time.sleep(_LOOK_S)
+            touched, since = _touched(server, since)
+            seen.update({name: _registration(server, name) for name in touched & pending})
+            if not touched & pending:
+                time.sleep(_LOOK_S)
 
 
 def _touched(server: Server, since: int) -> tuple[set[str], int]:
     """Names that something happened to after revision ``since``, and the revision up to which they are known."""
-    events = server.ask("GET", "/v1/events", query={"after": since, "limit": _PAGE})["data"]
-    return {event["name"] for event in events}, events[-1]["revision"] if events else since
+    names = set()
+    for event in server.pages("/v1/events", after=since):
+        names.add(event["name"])
+        since = event["revision"]
+    return names, since
 
 
 def _registration(server: Server, name: str) -> dict[str, Any] | Refused:

@@ -32,7 +32,7 @@ def import_dir(server: Server, screen: Screen, args: argparse.Namespace) -> int:
         name: _register(server, name, found[name], args)
         for name in track(sorted(found), "registering", console=screen.talk, transient=True, disable=screen.is_quiet)
     }
-    known = [name for name, outcome in outcomes.items() if not isinstance(outcome, Refused)]
+    known = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, Refused)}
     if known and not args.lazy and not args.no_wait:
         outcomes.update(follow(server, known, since, screen))
     return _summarise(outcomes, screen)

@@ -24,7 +24,7 @@ def add(server: Server, screen: Screen, args: argparse.Namespace) -> int:
     if args.no_wait or args.lazy:
         screen.show(registration, tables.adapters([registration]))
         return 0
-    return report(follow(server, [args.name], since, screen)[args.name], screen)
+    return report(follow(server, {args.name: registration}, since, screen)[args.name], screen)
 
 
 def report(outcome: Mapping[str, Any] | Refused, screen: Screen) -> int:
@@ -126,7 +126,7 @@ def retry(server: Server, screen: Screen, args: argparse.Namespace) -> int:
     if args.no_wait:
         screen.show(answer, tables.adapters([answer]))
         return 0
-    return report(follow(server, [args.name], since, screen)[args.name], screen)
+    return report(follow(server, {args.name: answer}, since, screen)[args.name], screen)
 
 
 def refresh(server: Server, screen: Screen, args: argparse.Namespace) -> int:

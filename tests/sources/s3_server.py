@@ -115,6 +115,18 @@ def cut(after: int) -> Fault:
     return answer
 
 
+def short(by: int) -> Fault:
+    """Send less than is asked for, and say that it is all of it."""
+
+    def answer(_: S3Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+        first, last = map(int, environ["HTTP_RANGE"].removeprefix("bytes=").split("-"))
+        size = last - first + 1 - by
+        start("206 Partial Content", [("Content-Length", str(size)), ("Content-Range", f"bytes {first}-{last - by}/*")])
+        return [bytes(size)]
+
+    return answer
+
+
 def first(action: Callable[[], object]) -> Fault:
     """Do something, then leave the answer to moto."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from adapter_router.catalog.sources.fetcher import Fetcher
+from adapter_router.catalog.sources.objects import _failure
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import Source
@@ -138,6 +139,13 @@ def test_wrong_credentials_are_named_but_not_told(
     with pytest.raises(AdapterRejected) as caught:
         fetch(Fetcher(quick("s3://", "gs://", "az://", "hf://"), store, lambda _: given), uri)
     assert told in str(caught.value) and "hush" not in str(caught.value)
+
+
+def test_what_a_library_says_is_not_repeated() -> None:
+    """It may have been signed, and the signature be part of it."""
+    error = RuntimeError("https://acct.example/container/a?sig=hush")
+    error.__cause__ = ValueError("hush")
+    assert "hush" not in str(_failure(error, WEIGHTS)) and WEIGHTS in str(_failure(error, WEIGHTS))
 
 
 @pytest.mark.parametrize(

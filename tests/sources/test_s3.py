@@ -13,7 +13,7 @@ from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import Source
 from tests.sources.conftest import CONFIG, WEIGHTS, copies, quick, unfinished
-from tests.sources.s3_server import S3Server, cut, first, hang, status
+from tests.sources.s3_server import S3Server, cut, first, hang, short, status
 
 LARGE = os.urandom((9 << 20) + 17)  # three parts
 PARTS = [f"bytes={a}-{b - 1}" for a, b in ((0, 4 << 20), (4 << 20, 8 << 20), (8 << 20, len(LARGE)))]
@@ -57,7 +57,7 @@ def test_the_same_again_costs_no_download_and_another_is_another_version(s3: S3S
     assert (one.read().weights, two.read().weights) == (b"one", b"two")
 
 
-@pytest.mark.parametrize("fault", [status(500), status(503, "SlowDown"), cut(1000)])
+@pytest.mark.parametrize("fault", [status(500), status(503, "SlowDown"), cut(1000), short(1)])
 def test_parts_that_fail_are_asked_for_again_alone(fault: object, s3: S3Server, fetcher: Fetcher) -> None:
     uri = s3.put("a", config=b"{}", weights=LARGE)
     s3.fail("GET", WEIGHTS, first(lambda: s3.fail("GET", WEIGHTS, fault)))  # type: ignore[arg-type]

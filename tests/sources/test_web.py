@@ -21,6 +21,7 @@ from adapter_router.types import Source
 from tests.sources.conftest import CONFIG, WEIGHTS, copies, put, quick, unfinished
 from tests.sources.web_server import (
     Fault,
+    Handler,
     Proxy,
     WebServer,
     chunked,
@@ -31,6 +32,7 @@ from tests.sources.web_server import (
     first,
     hang,
     redirect,
+    shorter,
     status,
     unmeasured,
 )
@@ -198,10 +200,28 @@ def test_what_is_denied_is_refused_at_once(code: int, web: WebServer, fetcher: F
 
 
 def test_an_optional_file_that_is_denied_is_no_missing_one(web: WebServer, fetcher: Fetcher) -> None:
-    uri = put(web, "/a")
-    web.site.files["/a/config.json"] = b"{}"
-    web.site.fail("/a/config.json", status(403))
-    assert "config.json" in refusal(fetcher, uri)
+    """A store may say so of files that are not there, too; we cannot know."""
+    web.site.denied.add("/a/config.json")
+    assert "config.json: the server says 403" in refusal(fetcher, put(web, "/a"))
+
+
+def test_one_that_sends_less_than_it_announced_is_not_taken(web: WebServer, fetcher: Fetcher) -> None:
+    uri = put(web, "/a", b"weights")
+    web.site.fail(f"/a/{WEIGHTS}", *[shorter] * 3)
+    assert f"{WEIGHTS}: 6 of 7 bytes came" in unavailable(fetcher, uri)
+
+
+@pytest.mark.parametrize("length", [{"Content_Length": "0"}, {}])
+def test_an_answer_to_head_may_not_know_the_length(length: dict[str, str], web: WebServer, fetcher: Fetcher) -> None:
+    uri = put(web, "/a", LARGE, **{"/a/config.json": b""})
+
+    def head(handler: Handler) -> None:
+        content = web.site.files.get(handler.path)
+        handler.head(404 if content is None else 200, ETag=handler.tag(content or b""), Connection="close", **length)
+
+    web.route(HEAD=head)
+    files = fetch(fetcher, uri).read()
+    assert files.weights == LARGE and files.head_config == b""
 
 
 def test_missing_files_are_listed_together(web: WebServer, fetcher: Fetcher) -> None:

@@ -95,6 +95,7 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
     faults: defaultdict[str, deque[Fault]] = field(default_factory=lambda: defaultdict(deque))
     requests: list[Request] = field(default_factory=list)
+    denied: set[str] = field(default_factory=set)
     strong: bool = True
     ranges: bool = True
     closing: threading.Event = field(default_factory=threading.Event)
@@ -143,6 +144,9 @@ class Handler(BaseHTTPRequestHandler):
             if method == "GET" and waiting and waiting.popleft()(self, request):
                 return
             content = self.site.files.get(path)
+            if path in self.site.denied:
+                self.head(403, Content_Length="0")
+                return
             if content is None:
                 self.head(404, Content_Length="0")
                 return
@@ -273,6 +277,14 @@ def cut(after: int) -> Fault:
         return True
 
     return answer
+
+
+def shorter(handler: Handler, request: Request) -> bool:
+    """Less than was announced, and it is said to be all."""
+    content = handler.site.files[request.path]
+    handler.head(200, Content_Length=str(len(content) - 1), ETag=handler.tag(content))
+    handler.body(request, content[:-1])
+    return True
 
 
 def drip(handler: Handler, request: Request) -> bool:

@@ -166,7 +166,7 @@ def _status(error: BaseException | None) -> tuple[int | None, str | None]:
         response = getattr(error, "response", None)
         if isinstance(response, Mapping):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return status, str(response.get("Error", {}).get("Code", status))
+            return status, f"{response.get('Error', {}).get('Code', status):.100}"
         if type(error).__module__ == "aiohttp.http_exceptions":
             return None, None  # an answer that broke off: its code is aiohttp's own, not the store's
         for name in ("status_code", "status", "code"):

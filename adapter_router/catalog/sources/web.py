@@ -97,8 +97,7 @@ class Web:
 
     @asynccontextmanager
     async def read(self, file: RemoteFile, start: int) -> AsyncIterator[Stream]:
-        headers = {"If-Range": file.tag} if start else {}
-        async with self._get(file.name, start, headers) as response:
+        async with self._get(file.name, start) as response:
             if _tag(response) != (file.tag, file.strong):
                 raise Changed
             yield _stream(response, file.name, start)
@@ -106,13 +105,12 @@ class Web:
     @asynccontextmanager
     async def stream(self, name: str, start: int) -> AsyncIterator[Stream]:
         """As ``read``, of a file that never changes."""
-        async with self._get(name, start, {}) as response:
+        async with self._get(name, start) as response:
             yield _stream(response, name, start)
 
     @asynccontextmanager
-    async def _get(self, name: str, start: int, headers: Mapping[str, str]) -> AsyncIterator[httpx2.Response]:
-        part = {"Range": f"bytes={start}-"} if start else {}
-        async with self._request("GET", name, {**headers, **part}) as response:
+    async def _get(self, name: str, start: int) -> AsyncIterator[httpx2.Response]:
+        async with self._request("GET", name, {"Range": f"bytes={start}-"} if start else {}) as response:
             if response.status_code == 416:
                 raise Changed
             _raise_for_status(response, name)
@@ -186,8 +184,8 @@ def _described(response: httpx2.Response, name: str) -> RemoteFile | None:
         return None
     _raise_for_status(response, name)
     tag, strong = _tag(response)
-    size = response.headers.get("content-length", "")
-    return RemoteFile(name, int(size) if size.isdigit() else None, tag, strong)
+    size = response.headers.get("content-length", "")  # of HEAD's answer some say 0, whatever the file has
+    return RemoteFile(name, (int(size) or None) if size.isdigit() else None, tag, strong)
 
 
 def _tag(response: httpx2.Response) -> tuple[str, bool]:
