@@ -1,23 +1,27 @@
-"""What do loads cost those who need none? p99 of hot adapters' batches while cold ones load at 10/s, over p99 without.
+"""What do cold loads cost those who wait for none? The p99 of calls on hot adapters, with others loading over without.
 
-    python -m benchmarks.cold_loads [--json PATH] [--rounds 9] [--seconds 6]
+    python -m benchmarks.cold_loads [--json PATH] [--rounds 12] [--seconds 3] [--rate 10]
 
-One engine, the demo's MiniLM, one thread for forwards. Batches of 8 rows of the four demo tenants, one after another
-with short pauses. Three phases take turns: nobody loads; ten cold adapters a second are read, checked and converted
-from disk (no host tier keeps them); ten a second are asked for whose sources fail, half at once and half by hanging.
+One engine on the demo's MiniLM, one thread of torch's, one caller that asks its four text classifiers 8 rows at a time.
+Beside it, in turns of a few seconds and ``--rate`` times a second: nothing; a cold adapter is loaded, of a form that is
+known (as most are that one trainer wrote) or of one never seen; a source is asked that hangs, or fails. In the last two
+turns a row comes beside it, of an adapter in memory or of a cold one. All ratios are of the pooled p99 of all turns,
+spreads of each round's own; 1.0 means that loads cost the others nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -26,134 +30,194 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from adapter_router.catalog.location import resolve
-from adapter_router.catalog.store import StoredAdapter
+from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
-from adapter_router.errors import AdapterRouterError, AdapterUnavailable
+from adapter_router.engine.reading import admitted_copy
+from adapter_router.errors import AdapterUnavailable
 from adapter_router.types import AdapterVersion, Row, RowResult, Source
 from benchmarks.harness import Result, summary, write_json
 from deployments.demo.tenants import ADAPTERS, BASE, SAMPLES
 
-_PER_S = 10.0
 _ROWS = 8
-_COLD = 60
-_DEVICE_BYTES = 20_000_000
-
-_PHASES = ("quiet", "loads", "failures")
+_ALIKE = 48  # more than fit
+_UNLIKE = 300  # more than an engine remembers the forms of
+_ROOM = 10  # adapters on the device
+_WARMUP_S = 1.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rate", type=float, default=10.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), args.rounds, args.seconds)
+    with tempfile.TemporaryDirectory(prefix="cold-loads-") as folder:
+        results = measure(Path(folder), args.rounds, args.seconds, args.rate)
     if args.json:
         write_json(args.json, "cold_loads", results)
 
 
-def measure(folder: Path, rounds: int, seconds: float) -> list[Result]:
-    """p99 of hot batches in each phase over that of the quiet one, round by round."""
-    over = threading.Event()
+class Sources:
+    """Finds copies in the store; ``hang`` and ``fail`` are sources that never answer and that always fail."""
 
-    def obtain(version: AdapterVersion) -> StoredAdapter:
-        if version.directory is not None:
-            return StoredAdapter(version.digest, Path(version.directory))
-        if version.adapter.startswith("hangs"):
-            over.wait()
-        raise AdapterUnavailable("the source answers 500")
+    def __init__(self) -> None:
+        self.ended = threading.Event()
 
+    def __call__(self, version: AdapterVersion) -> StoredAdapter:
+        if version.adapter == "hang":
+            self.ended.wait()
+        if version.adapter in ("hang", "fail"):
+            raise AdapterUnavailable("the source does not answer")
+        return admitted_copy(version)
+
+
+def measure(folder: Path, rounds: int, seconds: float, rate: float) -> list[Result]:
+    """All ratios; ``folder`` takes the cold adapters."""
+    template = Path(resolve(ADAPTERS["language"]))
+    num_bytes = (template / "adapter_model.safetensors").stat().st_size
     config = EngineConfig(
-        base=BASE, device="cpu", adapter_memory_bytes=_DEVICE_BYTES, host_memory_bytes=0, store_dir=folder / "store"
+        base=BASE, device="cpu", adapter_memory_bytes=_ROOM * num_bytes, host_memory_bytes=0, store_dir=folder / "store"
     )
-    with Engine(config, obtain) as engine:
+    sources = Sources()
+    with Engine(config, sources) as engine:
         hot = [engine.load_adapter(name, directory).version for name, directory in ADAPTERS.items()]
-        cold = cycle(_cold_versions(engine, folder))
-        broken = (_broken(hot[0], number) for number in range(1_000_000))
-        texts = [text for texts in SAMPLES.values() for text in texts]
-        versions = [hot[row % len(hot)] for row in range(_ROWS)]
-        rows = [Row(text, version.adapter) for text, version in zip(texts, versions, strict=False)]
-        wanted = {"quiet": None, "loads": cold, "failures": broken}
-        p99: dict[str, list[float]] = {phase: [] for phase in _PHASES}
-        _batches(engine, rows, versions, seconds)  # warm-up
-        before = engine.metrics.loads._value.get()
+        store = ContentStore(folder / "store")
+        alike = _admitted(engine, store, template, folder / "alike", [None] * _ALIKE)
+        unlike = _admitted(engine, store, template, folder / "unlike", [8 + i / 100 for i in range(_UNLIKE)])
+        turns = _turns(engine, hot, alike, unlike)
+        texts = [text for name in ADAPTERS for text in SAMPLES[name]]
+        versions = [hot[index % len(hot)] for index in range(_ROWS)]
+        rows = [Row(texts[index], version.adapter) for index, version in enumerate(versions)]
+
+        def call() -> None:
+            assert all(isinstance(outcome, RowResult) for outcome in engine.infer_versions(rows, versions))
+
+        _repeat(call, _WARMUP_S)
+        taken: dict[str, list[list[float]]] = defaultdict(list)
         for _ in range(rounds):
-            for phase in _PHASES:
-                with _asking(engine, wanted[phase]):
-                    p99[phase].append(float(np.percentile(_batches(engine, rows, versions, seconds), 99)))
-        loads = (engine.metrics.loads._value.get() - before) / (rounds * seconds)
-        over.set()
-    ratios = {p: [a / b for a, b in zip(p99[p], p99["quiet"], strict=True)] for p in _PHASES[1:]}
-    results = [summary(f"{phase}/p99_over_quiet", values, "x") for phase, values in ratios.items()]
-    results.append(Result("loads/per_s", loads, "1/s", 0.0))
-    quiet = summary("quiet/p99_ms", [1e3 * value for value in p99["quiet"]], "ms")
-    print(
-        f"hot batches of {_ROWS}: p99 {quiet.value:.1f} ms while nobody loads; x{results[0].value:.3f}"
-        f"±{results[0].spread:.3f} at {loads:.1f} loads/s; x{results[1].value:.3f}±{results[1].spread:.3f} while "
-        f"{_PER_S:.0f} sources a second fail or hang",
-        flush=True,
-    )
-    return [*results, quiet]
+            for name, beside in turns.items():
+                with ThreadPoolExecutor(4) as threads:
+                    stop = threading.Event()
+                    ticking = threads.submit(_tick, beside, threads, rate, stop)
+                    taken[name].append(_repeat(call, seconds))
+                    stop.set()
+                ticking.result()
+        loads = engine.metrics.registry.get_sample_value("adapter_router_adapter_loads_total") or 0.0
+        sources.ended.set()
+    print(f"{loads - len(hot) - _ALIKE - _UNLIKE:.0f} loads, {1e3 * engine.load_s:.1f} ms each")
+    return _results(taken)
 
 
-def _batches(engine: Engine, rows: list[Row], versions: list[AdapterVersion], seconds: float) -> list[float]:
-    """Seconds of each batch."""
-    took = []
-    stop = time.perf_counter() + seconds
-    while (start := time.perf_counter()) < stop:
-        results = engine.infer_versions(rows, versions)
-        took.append(time.perf_counter() - start)
-        assert all(isinstance(result, RowResult) for result in results)
-        time.sleep(0.004)
-    return took
+def _turns(
+    engine: Engine, hot: Sequence[AdapterVersion], alike: Sequence[AdapterVersion], unlike: Sequence[AdapterVersion]
+) -> dict[str, Callable[[], None]]:
+    """What happens beside the caller, once a tick."""
+
+    def loads(versions: Sequence[AdapterVersion]) -> Callable[[], None]:
+        order = itertools.cycle(versions)
+        return lambda: engine.prefetch(next(order))
+
+    def rows(versions: Sequence[AdapterVersion]) -> Callable[[], None]:
+        order = itertools.cycle(versions)
+
+        def ask() -> None:
+            version = next(order)
+            (outcome,) = engine.infer_versions([Row("a row beside the others", version.adapter)], [version])
+            assert isinstance(outcome, RowResult), outcome
+
+        return ask
+
+    half = len(alike) // 2
+    return {
+        "quiet": lambda: None,
+        "known forms": loads(alike[:half]),
+        "new forms": loads(unlike),
+        "hanging": loads_of("hang", engine, hot[0]),
+        "failing": loads_of("fail", engine, hot[0]),
+        "warm rows": rows(hot),
+        "cold rows": rows(alike[half:]),
+    }
 
 
-@contextmanager
-def _asking(engine: Engine, wanted: Iterator[AdapterVersion] | None) -> Iterator[None]:
-    """Ask for one adapter after the other until the end of the block."""
-    done = threading.Event()
+def loads_of(name: str, engine: Engine, like: AdapterVersion) -> Callable[[], None]:
+    """Each tick another adapter of the source ``name``."""
+    numbers = itertools.count()
 
     def ask() -> None:
-        while wanted is not None and not done.wait(1 / _PER_S):
-            try:
-                engine.prefetch(next(wanted))
-            except AdapterRouterError:
-                continue  # refused at once: it has failed before
+        number = next(numbers)
+        digest = f"sha256:{name}{number}"
+        engine.prefetch(
+            replace(like, adapter=name, digest=digest, directory=None, source=Source(f"https://{name}.test/{number}"))
+        )
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return ask
 
 
-def _cold_versions(engine: Engine, folder: Path) -> list[AdapterVersion]:
-    """Random adapters in the form of one of the demo's, on disk only."""
-    template = Path(resolve(ADAPTERS["language"]))
-    tensors = load_file(template / "adapter_model.safetensors")
+def _tick(beside: Callable[[], None], threads: ThreadPoolExecutor, rate: float, stop: threading.Event) -> None:
+    pending = []
+    while not stop.wait(1 / rate):
+        pending.append(threads.submit(beside))
+    for done in pending:
+        done.result()
+
+
+def _repeat(call: Callable[[], None], seconds: float) -> list[float]:
+    """Seconds of each call."""
+    taken = []
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        call()
+        taken.append(time.perf_counter() - start)
+        time.sleep(0.1 * taken[-1])  # what a caller does with the answer
+    return taken
+
+
+def _results(taken: Mapping[str, list[list[float]]]) -> list[Result]:
+    results = []
+    for name, rounds in taken.items():
+        peer = "warm rows" if name == "cold rows" else "quiet"
+        seconds = [second for turn in rounds for second in turn]
+        milliseconds = [1e3 * float(np.percentile(seconds, share)) for share in (50, 90, 99)]
+        shown = "  ".join(f"{value:7.1f}" for value in milliseconds)
+        line = f"{name:12} p50, p90, p99 {shown} ms of {len(seconds)} calls"
+        if name in ("quiet", "warm rows"):
+            print(line, flush=True)
+            continue
+        own = [
+            np.percentile(turn, 99) / np.percentile(other, 99) for turn, other in zip(rounds, taken[peer], strict=True)
+        ]
+        spread = summary(name, [float(value) for value in own], "x").spread
+        pooled = float(np.percentile(seconds, 99) / np.percentile([s for turn in taken[peer] for s in turn], 99))
+        print(f"{line}  p99 over {peer} {pooled:.3f}±{spread:.3f}", flush=True)
+        results.append(Result(f"{name}/p99_over_{peer.replace(' ', '_')}", pooled, "x", spread))
+    return results
+
+
+def _admitted(
+    engine: Engine, store: ContentStore, template: Path, folder: Path, alphas: Sequence[float | None]
+) -> list[AdapterVersion]:
+    """Cold copies of ``template`` with random weights; each ``alpha`` that is not None makes a form of its own."""
+    return [engine.admit(d.name, store.admit(d), keep=False).version for d in _written(template, folder, alphas)]
+
+
+def _written(template: Path, folder: Path, alphas: Sequence[float | None]) -> Iterator[Path]:
     rng = np.random.default_rng(0)
-    versions = []
-    for number in range(_COLD):
-        directory = folder / f"cold-{number}"
+    tensors = load_file(template / "adapter_model.safetensors")
+    config = json.loads((template / "adapter_config.json").read_text())
+    for index, alpha in enumerate(alphas):
+        directory = folder / f"{folder.name}-{index}"
         shutil.copytree(template, directory)
         drawn = {key: rng.standard_normal(t.shape, dtype=np.float32) * t.std() for key, t in tensors.items()}
         save_file(drawn, directory / "adapter_model.safetensors")
-        versions.append(engine.load_adapter(f"cold-{number}", directory).version)
-        engine.evict(versions[-1].digest)
-    return versions
-
-
-def _broken(like: AdapterVersion, number: int) -> AdapterVersion:
-    name = f"{'hangs' if number % 2 else 'fails'}-{number}"
-    source = Source(f"https://{name}.invalid/adapter")
-    return replace(like, adapter=name, digest=f"sha256:{number:064x}", directory=None, source=source)
+        if alpha is not None:
+            (directory / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+        yield directory
+        shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

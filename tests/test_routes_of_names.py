@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -134,6 +135,24 @@ def test_too_many_changes_to_follow_one_by_one(
     catalog.set_alias("food", {"v2": 1})
     routes.follow()
     assert meant(routes.find("food")) == "v2", "it follows on from there"
+
+
+def test_a_database_restored_to_an_earlier_state_is_believed(catalog: Catalog, routes: Routes, tmp_path: Path) -> None:
+    """The file is written over with its backup while routers live."""
+    backup = tmp_path / "backup.db"
+    with sqlite3.connect(tmp_path / "catalog.db") as live, sqlite3.connect(backup) as copy:
+        live.backup(copy)
+    catalog.set_alias("food", {"v1": 1})
+    routes.fetch(["food"])
+    assert meant(routes.find("food")) == "v1"
+    with sqlite3.connect(backup) as copy, sqlite3.connect(tmp_path / "catalog.db") as live:
+        copy.backup(live)
+    routes.follow()
+    routes.fetch(routes.missing(["food"]))
+    assert meant(routes.find("food")) == "v2"
+    catalog.set_alias("food", {"v1": 1})
+    routes.follow()
+    assert meant(routes.find("food")) == "v1"
 
 
 # -- never of the past -------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Routes:
                 return  # nothing is known
             changes = self._catalog.changes(self._revision, _MOST_CHANGES)
             if changes is None:
-                self._read_again(self._catalog.revision(), None)
+                self._follow_anything(self._catalog.revision())
             elif changes[0] != self._revision:
                 self._read_again(*changes)
 
@@ -117,6 +117,14 @@ class Routes:
             for name, route in found.items():
                 self._remember(name, (revision, route))
         return True
+
+    def _follow_anything(self, revision: int) -> None:
+        if self._revision is not None and revision < self._revision:  # the database was restored to an earlier state
+            with self._lock:
+                self._known.clear()
+                self._names_of.clear()
+                self._revision = revision
+        self._read_again(revision, None)
 
     def _read_again(self, revision: int, changed: Collection[str] | None) -> None:
         """Bring what is known of ``changed`` (None: of everything) to ``revision``, and let it count as followed."""

@@ -59,6 +59,9 @@ def recipes_for(base: Base) -> Iterator[str]:
     yield from names[first:] + names[:first]
 
 
+_SEQ2SEQ_NOISE = 5e-4  # of the largest logit
+
+
 def adapters_on(base: Base, root: Path, names: Iterable[str] | None = None) -> list[Adapter]:
     """Adapters that have a meaning on ``base``, of the recipes ``names`` or of this seed's share."""
     # There is one architecture of this kind, and recipes for it alone.
@@ -157,7 +160,9 @@ class World:
         elif not close(result.logits, right):
             exact = run_exactly(model, features, base.task)
             ours, theirs = np.abs(result.logits - exact).max(), np.abs(right - exact).max()
-            if not (close(result.logits, exact) or ours <= 2 * theirs):
+            # Random encoder-decoders amplify what float32 loses, on some CPUs more than on others.
+            noise = _SEQ2SEQ_NOISE * np.abs(exact).max() if base.task == "seq2seq-generation" else 0.0
+            if not (close(result.logits, exact) or ours <= max(2 * theirs, noise)):
                 self.problems.append(f"{name}: off by {ours:.2g} of {np.abs(right).max():.3g}, PEFT by {theirs:.2g}")
 
 

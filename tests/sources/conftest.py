@@ -55,7 +55,7 @@ def fetcher(web: WebServer, store: ContentStore) -> Fetcher:
 
 def quick(*allowed: str, **changes: object) -> SourceConfig:
     """Patience for tests."""
-    settings: dict[str, object] = {"timeout_s": 20, "idle_timeout_s": 1, "attempts": 3, "backoff_s": 0.01, **changes}
+    settings: dict[str, object] = {"timeout_s": 100, "idle_timeout_s": 5, "attempts": 3, "backoff_s": 0.01, **changes}
     return SourceConfig(allowed=allowed, **settings)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterRouterError, AdapterUnavailable
 from adapter_router.types import Source
 from tests.sources.conftest import CONFIG, WEIGHTS, copies, put, quick, unfinished
-from tests.sources.web_server import Handler, Request, WebServer, cut, status
+from tests.sources.web_server import Handler, Request, WebServer, cut, first, status
 
 LARGE = os.urandom((3 << 20) + 17)
 
@@ -299,5 +299,8 @@ def test_a_download_makes_room_for_itself(web: WebServer, tmp_path: Path) -> Non
         store.settle(stored, keep=True)
         return StoredAdapter(stored.digest, stored.directory)
 
+    during: list[list[Path]] = []
+    web.site.fail(f"/2/{WEIGHTS}", first(lambda: during.append(copies(store))))
     one, two = fetch("/1", bytes(3 << 20)), fetch("/2", LARGE)
+    assert during == [[]]  # it has gone before the disk was asked for more
     assert copies(store) == [two.directory] and not one.directory.exists() and store.num_evicted == 1

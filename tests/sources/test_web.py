@@ -250,7 +250,8 @@ def test_one_that_never_ends_is_given_up_in_time(fault: Fault, web: WebServer, s
     assert "timeout_s" in text and uri in text
 
 
-def test_one_that_hangs_holds_up_no_other(web: WebServer, fetcher: Fetcher) -> None:
+def test_one_that_hangs_holds_up_no_other(web: WebServer, store: ContentStore) -> None:
+    fetcher = Fetcher(quick(f"{web.url}/", idle_timeout_s=1), store)
     slow, fast = put(web, "/slow"), put(web, "/fast", b"others")
     web.site.fail(f"/slow/{WEIGHTS}", *[hang] * 3)
     with ThreadPoolExecutor(1) as pool:
