@@ -60,7 +60,7 @@ def measure(folder: Path, served: int, registered: int, rounds: int) -> list[Res
     num_bytes = _write_adapters(folder / "adapters", served)
     apps = {
         "few": (10, 1 << 30),
-        "all": (registered, 1 << 30),
+        "all": (registered, served * num_bytes),
         "all-from-disk": (registered, _SLOTS * num_bytes),
     }
     results = []
@@ -142,16 +142,16 @@ def _counters(handle: serve.handle.DeploymentHandle) -> Mapping[str, float]:
 
 
 def _write_adapters(folder: Path, count: int) -> int:
-    """Random adapters in the form of one of the demo's; returns what one holds on a device, in bytes."""
+    """Random adapters in the form of one of the demo's; returns what one holds on a device in float32, in bytes."""
     template = Path(resolve(ADAPTERS["language"]))
     tensors = load_file(template / "adapter_model.safetensors")
     rng = np.random.default_rng(0)
     for index in range(count):
         directory = folder / _name(index)
         shutil.copytree(template, directory)
-        drawn = {key: rng.standard_normal(t.shape, dtype=np.float32) * t.std() for key, t in tensors.items()}
+        drawn = {key: (rng.standard_normal(t.shape) * t.std()).astype(t.dtype) for key, t in tensors.items()}
         save_file(drawn, directory / "adapter_model.safetensors")
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.size * np.dtype(np.float32).itemsize for tensor in tensors.values())
 
 
 def _register(database: Path, adapters: Path, served: int, count: int) -> None:

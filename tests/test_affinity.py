@@ -46,9 +46,21 @@ def test_a_busy_holder_keeps_its_rows_until_a_copy_pays_for_itself() -> None:
     holder, other = states
     holder.resident = {"a"}
     holder.row_s, other.load_s = 0.001, 0.1
-    holder.rows = 10  # 10 ms of backlog against 4 x 100 ms for a copy
+    holder.rows = 10  # 10 ms of backlog against 4 x 100 ms for a copy and a batch of 32 x 5 ms
     assert choose("a", 1, states, CONFIG) is holder
-    holder.row_s = 0.05  # 500 ms of backlog
+    holder.row_s = 0.05  # 500 ms
+    assert choose("a", 1, states, CONFIG) is holder
+    holder.row_s = 0.06  # 600 ms
+    assert choose("a", 1, states, CONFIG) is other
+
+
+def test_a_part_of_a_batch_is_no_reason_for_a_copy_however_cheap() -> None:
+    states = fleet(2)
+    holder, other = states
+    holder.resident, other.load_s = {"a"}, 1e-4
+    holder.rows = CONFIG.max_batch_rows
+    assert choose("a", 1, states, CONFIG) is holder
+    holder.rows += 1
     assert choose("a", 1, states, CONFIG) is other
 
 

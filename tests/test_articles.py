@@ -167,11 +167,11 @@ def test_article_2_a_merge_and_a_mix_are_the_weighted_sum(tmp_path: Path, capsys
         assert all(isinstance(result, RowResult) for result in results)
         answers = {str(name): [r.logits for r in results[index :: len(names)]] for index, name in enumerate(names)}  # type: ignore[union-attr]
         for name in _MIX:
-            np.testing.assert_allclose(answers[name], [r.logits for r in _infer(engine, texts, name)], atol=1e-5)
+            np.testing.assert_allclose(answers[name], [r.logits for r in _infer(engine, texts, name)], rtol=1e-5, atol=1e-5)
         assert weights_digest(engine.base.model) == before
         mix = next(result for row, result in zip(rows, results, strict=True) if row.adapter is _MIX)
         resident = engine._residency._tiers.lease(mix.version)  # type: ignore[union-attr]
-    np.testing.assert_allclose(answers[str(_MIX)], answers["merged"], atol=1e-5)
+    np.testing.assert_allclose(answers[str(_MIX)], answers["merged"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(answers["merged"], _by_peft(texts), atol=1e-4)
     assert resident is not None and merged.ranks == (resident.max_rank,) == (16,)  # 8 of each parent
 
@@ -251,7 +251,7 @@ def test_article_3_every_row_of_a_mixed_batch_has_its_own_classifier(real_engine
         (alone,) = real_engine.infer([row])
         assert isinstance(alone, RowResult) and isinstance(result, RowResult)
         assert result.adapter == row.adapter and result.logits.shape == alone.logits.shape
-        np.testing.assert_allclose(result.logits, alone.logits, atol=1e-5)
+        np.testing.assert_allclose(result.logits, alone.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_article_4_shapes_that_do_not_fit_leave_nothing_behind(
@@ -309,7 +309,7 @@ def test_article_4_a_base_is_quantised_layer_by_layer(tiny_bert: TinyBase, tmp_p
         rows = [Row(random_features(np.random.default_rng(seed)), "a") for seed in range(8)]
         mixed = logits_of(engine, rows)
         for row, logits in zip(rows, mixed, strict=True):
-            np.testing.assert_allclose(logits_of(engine, [row])[0], logits, atol=1e-5)
+            np.testing.assert_allclose(logits_of(engine, [row])[0], logits, rtol=1e-5, atol=1e-5)
         assert weights_digest(engine.base.model) == before
 
 
@@ -337,7 +337,7 @@ def test_article_4_loftq_chooses_its_bits_by_layer_and_its_adapters_stay_on_thei
     with Engine(EngineConfig(base=str(out), device="cpu")) as quantised:
         assert set(quantised.base.quantized.values()) == {2, 4, 8}
         quantised.load_adapter("trained", tmp_path / "trained")
-        np.testing.assert_allclose(logits_of(quantised, [row]), expected, atol=1e-5)
+        np.testing.assert_allclose(logits_of(quantised, [row]), expected, rtol=1e-5, atol=1e-5)
         fingerprint = quantised.base.fingerprint
     with pytest.raises(AdapterRejected, match=f"trained on the base {fingerprint}.*serve it on that base"):
         engine.load_adapter("trained", tmp_path / "trained")

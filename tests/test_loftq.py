@@ -109,7 +109,8 @@ def test_equals_the_published_algorithm(bits: int, iterations: int, shape: tuple
     rounded, product = published_loftq(weight.double().numpy(), bits, 8, iterations)
     ours = loftq(weight, bits, 8, iterations)
     assert np.abs(unpack(ours.packed, torch.float32).numpy() - rounded).max() <= 1e-6
-    assert np.abs((ours.b @ ours.a).numpy() - product).max() <= 1e-6
+    # Ours is a float32 decomposition, of which CPUs give different last digits.
+    assert np.abs((ours.b @ ours.a).numpy() - product).max() <= 5e-6
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

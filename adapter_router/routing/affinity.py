@@ -23,8 +23,9 @@ def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], co
     Candidates are the replicas that hold the adapter or are loading it, and the first two rendezvous homes among the
     others. One that already holds more than ``(1 + load_slack) * mean + max_batch_rows`` rows is passed over. The rest
     are priced in seconds until the rows run: the backlog; plus a load's time where the adapter is on its way, however
-    much of it is over; plus for a new copy the loads before it and its own, the latter times ``copy_penalty`` where a
-    copy is there or coming. Equal prices go by rendezvous order, so that routers which do not talk agree.
+    much of it is over; plus for a new copy the loads before it and its own. Where a copy is there or coming its own
+    counts ``copy_penalty`` times, and so does a whole batch once: backlogs are known no finer. Equal prices go by
+    rendezvous order, so that routers which do not talk agree.
     """
     homes = sorted(states, key=lambda state: -_weight(digest or "", state.replica))
     copies = [state for state in homes if state.holds(digest) or digest in state.loading]
@@ -35,14 +36,16 @@ def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], co
     open_candidates = [state for state in candidates if state.rows + num_rows <= bound]
     if not open_candidates:
         return min(homes, key=lambda state: state.rows)
-    penalty = config.copy_penalty if copies else 1.0
 
     def price(state: ReplicaState) -> float:
         if state.holds(digest):
             return state.backlog_s
         if digest in state.loading:
             return state.backlog_s + state.load_s
-        return state.backlog_s + (len(state.loading) + penalty) * state.load_s
+        if not copies:
+            return state.backlog_s + (len(state.loading) + 1) * state.load_s
+        own = config.copy_penalty * state.load_s + config.max_batch_rows * state.row_s
+        return state.backlog_s + len(state.loading) * state.load_s + own
 
     return min(open_candidates, key=price)
 
