@@ -40,6 +40,16 @@ def test_text_matches_what_pefts_expression_matches(key: str, path: str) -> None
     assert Matcher().matching_keys([key], path) == [key] * peft(key, path)
 
 
+@given(_KEYS, _PATHS)
+@example("a", "a\nb.a")
+@example("proj", "q_proj")
+@example("a-b", "a-b.0")
+def test_saved_modules_are_those_that_pefts_expression_finds(name: str, path: str) -> None:
+    """``tuners_utils.check_target_module_exists``; a path with a line break is no module's."""
+    found = re.fullmatch(rf"(^|.*\.){name}($|\..*)", path) is not None
+    assert Matcher().in_saved_module([name], path) == found
+
+
 @given(_PATHS.filter(lambda path: "\n" not in path), st.integers(0, 5), st.booleans())
 def test_ends_of_paths_match_escaped_or_not(path: str, cut: int, escaped: bool) -> None:
     tail = path.split(".", cut)[-1]

@@ -135,7 +135,8 @@ class AdapterConfig:
             self.matcher.names(self.target_modules, path)
             self.matcher.names(self.exclude_modules, path)
             self.matcher.in_saved_module(self.modules_to_save, path)
-            self.matcher.layer_index(self.layers_pattern, path)
+            if self.layers_pattern:
+                self.matcher.layer_index(self.layers_pattern, path)
         return list(self.matcher.problems.values())
 
 

@@ -23,6 +23,8 @@ _ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]:]*\]", re.DOTALL)
 # The expression of a key of characters, escaped punctuation and dots, which stand for any character, alone.
 _PLAIN = re.compile(r"\(\.\*\\\.\)\?\((\^?)((?:[A-Za-z0-9_.-]|\\[!-/:-@[-`{-~])*)\)\$")
 
+_WORD = re.compile(r"[A-Za-z0-9_-]+")
+
 
 @dataclass(frozen=True)
 class _Tail:
@@ -95,7 +97,12 @@ class Matcher:
 
     def in_saved_module(self, names: Iterable[str], path: str) -> bool:
         """Whether a module lies in one that ``modules_to_save`` names; such a module is never a LoRA target."""
-        return any(self._match(rf"(^|.*\.){name}($|\..*)", path, name) for name in names)
+        return any(
+            (f".{name}." in f".{path}." and "\n" not in path)
+            if _WORD.fullmatch(name)
+            else self._match(rf"(^|.*\.){name}($|\..*)", path, name)
+            for name in names
+        )
 
     def layer_index(self, layers_patterns: tuple[str, ...], path: str) -> int | None:
         """The layer number of ``path``: what follows one of ``layers_patterns``, else the first number between dots."""

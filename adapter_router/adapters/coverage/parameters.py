@@ -31,6 +31,7 @@ class ParameterCheck:
         self.num_labels = 0
         self.has_own_head = False
         self._changed_biases: set[str] = set()
+        self._saving: dict[str, bool] = {}
 
     def run(self, found: SortedTensors, declared: Collection[str]) -> None:
         """``declared``: the method's target modules."""
@@ -105,6 +106,11 @@ class ParameterCheck:
             self._findings.problems.append(f"bias={self._findings.config.bias!r}, but the file lacks {listed(absent)}")
 
     def _saves(self, path: str) -> bool:
+        if path not in self._saving:  # asked of every module around every parameter
+            self._saving[path] = self._is_saved(path)
+        return self._saving[path]
+
+    def _is_saved(self, path: str) -> bool:
         spelled = self._findings.naming.spelled(path)
         if self._findings.config.peft_type == "LN_TUNING" and self._findings.config.targets(spelled):
             return True
