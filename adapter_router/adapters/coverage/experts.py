@@ -47,6 +47,8 @@ class ExpertCheck:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self._findings.problems.append("target_parameters must be a list of names")
             return {}
+        if not names:
+            return {}
         wanted, matched = set(names), set[str]()
         owners: dict[str, list[str]] = defaultdict(list)
         for parameter in self._findings.base.parameters:
