@@ -99,6 +99,9 @@ class TopSeries:
 
     def inc(self, value: str, amount: float = 1.0) -> None:
         """Count ``amount`` for ``value``."""
+        if value == OTHER:  # somebody's name may be that
+            self._counter.labels(OTHER).inc(amount)
+            return
         if value in self._totals or len(self._totals) < self._capacity:
             self._add(value, amount)
             return

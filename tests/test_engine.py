@@ -173,3 +173,16 @@ def test_names_are_registered_once_and_forgotten(tiny_bert: TinyBase, engine: En
     (gone,) = engine.infer([random_row(np.random.default_rng(0), "a")])
     assert isinstance(gone, AdapterNotFound)
     assert engine.load_adapter("a", directory).version == report.version
+
+
+def test_a_row_that_cannot_be_encoded_is_no_end_of_the_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a tokenizer throws."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault in the tokenizer")
+
+    monkeypatch.setattr(engine.base.encoder, "encode", broken)
+    rows = [Row("x", task="embedding"), Row("y", "unknown")]
+    codes = ["internal_error", "model_not_found"]
+    assert [outcome.code for outcome in engine.infer(rows)] == codes  # type: ignore[union-attr]
+    assert [event.error.code for event in engine.generate(rows)] == codes  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
@@ -104,6 +105,27 @@ def test_closing_waits_for_what_ends() -> None:
     threading.Timer(0.05, go_on.set).start()
     lanes.close(WAIT_S)
     assert future.done() and not lanes._threads
+
+
+def test_where_no_thread_is_to_be_had_work_is_refused_or_done_by_those_there_are() -> None:
+    lanes, go_on = Lanes("test", width=1, most=4), threading.Event()
+
+    def without_threads(lane: str, work: Callable[[], int]) -> Future[int]:
+        usual = threading.stack_size(1 << 46)  # more than there is memory
+        try:
+            return lanes.submit(lane, work)
+        finally:
+            threading.stack_size(usual)
+
+    with pytest.raises(AdapterUnavailable, match="no thread"):
+        without_threads("one", lambda: 1)
+    assert not lanes._lanes
+    busy = lanes.submit("one", lambda: go_on.wait(WAIT_S))
+    waiting = without_threads("other", lambda: 2)
+    go_on.set()
+    assert busy.result(WAIT_S) and waiting.result(WAIT_S) == 2
+    lanes.close(WAIT_S)
+    assert not lanes._threads
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,11 @@ from torch import nn
 
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.config import EngineConfig
-from adapter_router.engine import Engine, residency
+from adapter_router.engine import Engine, leasing, loads, residency
 from adapter_router.engine.reading import admitted_copy
 from adapter_router.engine.resident import ChangedModule, ResidentAdapter
-from adapter_router.errors import AdapterFailed, AdapterRejected, AdapterUnavailable, InvalidRequest
-from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, Source
+from adapter_router.errors import AdapterFailed, AdapterRejected, AdapterUnavailable, InternalError, InvalidRequest
+from adapter_router.types import AdapterFiles, AdapterVersion, Row, RowOutcome, RowResult, Source
 from tests.tiny import TinyBase, edit_config, edit_tensors, random_features
 
 NAMES = [f"a{number}" for number in range(8)]
@@ -35,7 +40,7 @@ class Sources:
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.hung: set[str] = set()
-        self.broken: dict[str, Exception] = {}
+        self.broken: dict[str, BaseException] = {}
         self.go_on = threading.Event()
         self.entered = threading.Semaphore(0)
 
@@ -107,6 +112,18 @@ def sample(engine: Engine, name: str) -> float:
     return engine.metrics.registry.get_sample_value(f"adapter_router_{name}") or 0.0
 
 
+def _be_patient(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in (loads, residency, leasing):
+        monkeypatch.setattr(module, "PATIENCE_S", seconds)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 # -- one load delays no other --------------------------------------------------------------------------------------
 
 
@@ -156,6 +173,31 @@ def test_loads_run_side_by_side_and_not_more_of_them(make: Any, sources: Sources
     for thread in threads:
         thread.join(WAIT_S)
     assert sources.asked == Counter(NAMES)
+
+
+def test_a_load_that_is_slow_to_start_holds_up_nobody(
+    make: Any, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be long in coming, and the disk where its copy may lie long in answering."""
+    engine, versions = make()
+    engine.warm(versions["a1"])
+    near = engine._residency._loading._near
+    submit = near.submit
+
+    def slowly(lane: str, work: Callable[[], None]) -> Future[None]:
+        sources.entered.release()
+        assert sources.go_on.wait(WAIT_S)
+        future: Future[None] = submit(lane, work)
+        return future
+
+    monkeypatch.setattr(near, "submit", slowly)
+    cold, _ = asking(engine, versions["a0"])
+    assert sources.entered.acquire(timeout=WAIT_S)
+    warm, answers = asking(engine, versions["a1"])
+    warm.join(WAIT_S / 3)
+    assert cold.is_alive() and answers and isinstance(answers[0], RowResult)
+    sources.go_on.set()
+    cold.join(WAIT_S)
 
 
 def test_mixes_cannot_occupy_the_loaders(make: Any, sources: Sources) -> None:
@@ -222,15 +264,13 @@ def test_a_closing_engine_leaves_a_hung_load_behind(make: Any, sources: Sources)
 def test_nobody_waits_longer_than_is_bearable(make: Any, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, versions = make()
     sources.hung = {"a0"}
-    monkeypatch.setattr(residency, "PATIENCE_S", 0.05)
-    monkeypatch.setattr("adapter_router.engine.leasing.PATIENCE_S", 0.05)
+    _be_patient(monkeypatch, 0.05)
     for _ in range(2):  # the second does not even start to wait
         late, fine = ask(engine, away(versions["a0"], "s3://bucket/a0"), versions["a1"])
         assert isinstance(late, AdapterUnavailable) and "try again" in str(late)
         assert isinstance(fine, RowResult | AdapterUnavailable)
     sources.go_on.set()
-    monkeypatch.setattr(residency, "PATIENCE_S", WAIT_S)
-    monkeypatch.setattr("adapter_router.engine.leasing.PATIENCE_S", WAIT_S)
+    _be_patient(monkeypatch, WAIT_S)
     (answer,) = ask(engine, versions["a0"])
     assert isinstance(answer, RowResult)
     assert all(held.leases == 0 for held in engine.residency())
@@ -298,6 +338,159 @@ def test_what_is_in_memory_for_one_task_serves_no_other(make: Any) -> None:
     other = replace(versions["a0"], task="token-classification")
     (outcome,) = ask(engine, other)
     assert isinstance(outcome, AdapterRejected) and "already serve text-classification" in str(outcome)
+
+
+def test_a_load_that_fails_at_once_is_told_at_once(
+    make: Any, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be done before the one that asked goes on."""
+    engine, versions = make()
+    _be_patient(monkeypatch, 3.0)
+    near = engine._residency._loading._near
+    submit = near.submit
+
+    def slowly(lane: str, work: Callable[[], None]) -> Future[None]:
+        future: Future[None] = submit(lane, work)
+        wait_for([future], WAIT_S)
+        return future
+
+    monkeypatch.setattr(near, "submit", slowly)
+    sources.broken = {"a0": AdapterUnavailable("gone")}
+    (outcome,) = ask(engine, versions["a0"])
+    assert str(outcome) == "gone"
+
+
+class Panic(BaseException):
+    """As libraries written in Rust raise it."""
+
+
+class Panicking(StoredAdapter):
+    def read(self) -> AdapterFiles:
+        raise Panic
+
+
+def test_a_library_that_panics_fails_one_adapter(make: Any, sources: Sources) -> None:
+    engine, versions = make()
+    sources.broken = {"a0": Panic()}
+    for _ in range(2):
+        bad, fine = ask(engine, versions["a0"], versions["a1"])
+        assert isinstance(bad, InternalError) and "Panic" in str(bad)
+        assert isinstance(fine, RowResult)
+    assert sources.asked["a0"] == 1
+    with pytest.raises(InternalError, match="Panic"):
+        engine.admit("x", Panicking("sha256:x", Path()))
+
+
+def test_a_refused_adapters_files_do_not_stay_in_memory(make: Any, tiny_bert: TinyBase, tmp_path: Path) -> None:
+    engine, _ = make()
+    bad = tiny_bert.adapter(tmp_path / "bad", 2, 1)
+    edit_config(bad, target_modules=["query"])
+    seen: list[weakref.ref[AdapterFiles]] = []
+
+    class Watched(StoredAdapter):
+        def read(self) -> AdapterFiles:
+            files = super().read()
+            seen.append(weakref.ref(files))
+            return files
+
+    stored = engine._store.admit(bad)
+    with pytest.raises(AdapterRejected):
+        engine.admit("bad", Watched(stored.digest, stored.directory))
+    gc.collect()
+    _wait_until(lambda: seen[0]() is None)
+
+
+# -- names of one content ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"task": "token-classification"}, {"base": "sha256:another"}])
+def test_one_name_that_is_refused_hurts_no_other_of_the_same_content(make: Any, fields: dict[str, Any]) -> None:
+    engine, versions = make()
+    (alone,) = ask(engine, versions["a0"])
+    wrong = replace(versions["a0"], adapter="wrong", **fields)
+    for order in ((versions["a0"], wrong), (wrong, versions["a0"])):
+        by_name = dict(zip((version.adapter for version in order), ask(engine, *order), strict=True))
+        assert isinstance(by_name["wrong"], AdapterRejected)
+        np.testing.assert_allclose(by_name["a0"].logits, alone.logits, atol=1e-6)
+    assert all(held.leases == 0 for held in engine.residency())
+
+
+def test_who_asks_for_another_task_does_not_get_what_is_being_loaded(make: Any, sources: Sources) -> None:
+    engine, versions = make()
+    sources.hung = {"a0"}
+    right = asking(engine, versions["a0"])
+    assert sources.entered.acquire(timeout=WAIT_S)
+    wrong = asking(engine, replace(versions["a0"], adapter="wrong", task="token-classification"))
+    _wait_until(lambda: not wrong[0].is_alive() or bool(sample(engine, "cache_misses_total") == 2))
+    sources.go_on.set()
+    for thread, _ in (right, wrong):
+        thread.join(WAIT_S)
+    assert isinstance(right[1][0], RowResult)
+    assert isinstance(wrong[1][0], AdapterRejected) and "already serve text-classification" in str(wrong[1][0])
+
+
+@pytest.mark.parametrize("fields", [{}, {"labels": ("one label of two",)}])
+def test_who_waits_for_the_load_of_another_name_does_not_get_its_error(
+    make: Any, sources: Sources, fields: dict[str, Any]
+) -> None:
+    engine, versions = make()
+    wrong = replace(versions["a0"], adapter="wrong", **fields)
+    sources.hung = {"wrong"}
+    if not fields:
+        sources.broken = {"wrong": AdapterUnavailable("its bucket answers 500")}
+    first = asking(engine, wrong)
+    assert sources.entered.acquire(timeout=WAIT_S)
+    others = [asking(engine, replace(versions["a0"], adapter=name)) for name in ("twin", "twin", "other")]
+    _wait_until(lambda: sample(engine, "cache_misses_total") == 4)
+    sources.go_on.set()
+    for thread, _ in (first, *others):
+        thread.join(WAIT_S)
+    assert isinstance(first[1][0], AdapterUnavailable | AdapterRejected)
+    assert all(isinstance(answers[0], RowResult) for _, answers in others)
+    assert sources.asked["twin"] + sources.asked["other"] == 1
+    assert all(held.leases == 0 for held in engine.residency())
+
+
+def test_a_source_that_fails_is_no_fault_of_another_with_the_same_content(make: Any, sources: Sources) -> None:
+    engine, versions = make()
+    sources.broken = {"a0": AdapterUnavailable("its bucket answers 500"), "b0": AdapterFailed("it has changed")}
+    for name, says in (("a0", "500"), ("b0", "changed")):
+        (outcome,) = ask(engine, replace(versions["a0"], adapter=name))
+        assert says in str(outcome)
+    (twin,) = ask(engine, replace(versions["a0"], adapter="twin"))
+    assert isinstance(twin, RowResult)
+    engine.evict(twin.version)
+    sources.broken = {}
+    (again,) = ask(engine, versions["a0"])  # at once: this node has a copy
+    assert isinstance(again, RowResult)
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_use_when_the_engine_closes_goes_with_its_last_lease(make: Any) -> None:
+    engine, versions = make()
+    for name in ("a0", "a1"):
+        engine._residency.acquire(versions[name])
+    engine.evict(versions["a0"].digest)
+    engine.close()
+    assert len(engine.residency()) == 2
+    for name in ("a0", "a1"):
+        engine._residency.release(versions[name].digest)
+    assert engine.residency() == [] and engine.capacity().device_used == 0
+
+
+def test_what_comes_after_the_engine_has_closed_is_not_kept(make: Any, sources: Sources) -> None:
+    engine, versions = make()
+    sources.hung = {"a0"}
+    thread, answers = asking(engine, away(versions["a0"], "s3://bucket/a0"))
+    assert sources.entered.acquire(timeout=WAIT_S)
+    engine.close()
+    sources.go_on.set()
+    thread.join(WAIT_S)
+    assert isinstance(answers[0], AdapterUnavailable)
+    _wait_until(lambda: not engine._residency._loading._far._lanes)
+    assert engine.residency() == []
 
 
 # -- tiers ---------------------------------------------------------------------------------------------------------

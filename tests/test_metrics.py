@@ -39,6 +39,15 @@ def test_a_quiet_adapter_gives_way_to_one_that_becomes_busy() -> None:
     assert set(series(registry)) == {"early", "late", OTHER}
 
 
+def test_an_adapter_may_be_called_as_the_rest_is() -> None:
+    registry = CollectorRegistry()
+    top = TopSeries(Counter("rows", "rows", ["adapter"], registry=registry), capacity=1)
+    for count, name in enumerate((OTHER, "busy", "busy", "late", "late", "late", OTHER), 1):
+        top.inc(name)
+        assert sum(series(registry).values()) == count
+    assert set(series(registry)) == {"late", OTHER}
+
+
 def test_merged_exposition_tells_processes_apart() -> None:
     engines = {"replica:a": EngineMetrics(), "replica:b": EngineMetrics()}
     engines["replica:a"].loaded(0.2)

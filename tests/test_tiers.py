@@ -208,3 +208,88 @@ def test_pins_have_a_share() -> None:
     one.pin("b")
     with pytest.raises(InvalidRequest, match="hold 60 of the 80 bytes"):
         one.pin("c")
+
+
+def test_what_is_offered_in_vain_is_no_news() -> None:
+    """A load that waits for room offers its adapter again and again; who reads the news must not drown."""
+    one = tiers(device=10, host=0)
+    assert one.install(adapter("a", 10)) and one.lease("a")
+    before = one.changes(0).revision
+    for _ in range(10):
+        assert not one.install(adapter("b", 10))
+        one.keep(adapter("b", 10))
+    assert one.changes(0).revision == before
+    one.check_integrity()
+
+
+def test_who_keeps_up_with_the_news_costs_no_list_of_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tiers()
+    assert one.install(adapter("a", 10))
+    before = one.changes(0).revision
+    monkeypatch.setattr(one.host, "digests", pytest.fail)
+    assert one.install(adapter("b", 10))
+    assert one.changes(before).added == {"b"}
+
+
+class FullTransfer(Transfer):
+    """A device, or a host, whose memory others have taken: ``up`` and ``down`` fail."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.up = self.down = False
+        self.moved_down: list[str] = []
+
+    def to_device(self, adapter: ResidentAdapter) -> ResidentAdapter:
+        if self.up:
+            raise torch.OutOfMemoryError("the device is full")
+        return super().to_device(adapter)
+
+    def to_host(self, adapter: ResidentAdapter) -> ResidentAdapter:
+        if self.down:
+            raise RuntimeError("no pinned memory")
+        self.moved_down.append(adapter.digest)
+        return super().to_host(adapter)
+
+
+def test_memory_that_others_took_leaves_the_books_right() -> None:
+    transfer = FullTransfer()
+    both = Tiers(20, 20, transfer, EngineMetrics(), clock=lambda: 0.0)
+    for digest in ("a", "b"):
+        assert both.install(adapter(digest, 10))
+    transfer.down, before = True, both.changes(0).revision
+    assert both.install(adapter("c", 10)), "who needs the room gets it"
+    assert "a" not in both and both.changes(before).removed == {"a"}
+    both.check_integrity()
+    transfer.down, transfer.up = False, True
+    both.keep(adapter("d", 10))
+    before = both.changes(0).revision
+    with pytest.raises(torch.OutOfMemoryError):
+        both.lease("d")
+    assert "d" not in both and both.changes(before).removed == {"d"}
+    both.check_integrity()
+    transfer.up = False
+    assert both.install(adapter("d", 10)) and both.lease("d")
+    both.check_integrity()
+
+
+def test_only_what_is_kept_is_copied_to_host_memory() -> None:
+    transfer = FullTransfer()
+    one = Tiers(10, 0, transfer, EngineMetrics(), clock=lambda: 0.0)
+    for digest in ("a", "b", "c"):
+        assert one.install(adapter(digest, 10))
+    assert transfer.moved_down == []
+
+
+def test_clearing_frees_all_but_what_is_in_use_until_it_is_not() -> None:
+    both = tiers(device=20, host=20)
+    for digest in ("a", "b"):
+        assert both.install(adapter(digest, 10)) and both.lease(digest)
+    both.keep(adapter("c", 10))
+    both.release("b")
+    both.drop("a")
+    both.clear()
+    both.check_integrity()
+    assert [held.digest for held in both.held()] == ["a"] and both.lease("a") is None
+    both.release("a")
+    both.check_integrity()
+    assert both.held() == [] and both.capacity().device_used == 0

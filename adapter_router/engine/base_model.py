@@ -216,7 +216,7 @@ class BaseModel:
         """Let the device, not this thread, wait for adapters that are still being copied to it."""
         for segment in plan.segments:
             if segment.adapter is not None and segment.adapter.arrived is not None:
-                segment.adapter.arrived.wait()
+                segment.adapter.arrived.wait(torch.cuda.current_stream(self.device))
 
     def _read(self, task: TaskKind) -> TaskModel:
         backbone = None if self._shared is None else self._backbone

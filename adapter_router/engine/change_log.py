@@ -23,11 +23,16 @@ class ChangeLog:
         self.revision += 1
         self._changed.append(digest)
 
-    def since(self, revision: int, holds: Callable[[str], bool], everything: Iterable[str]) -> ResidencyChange:
-        """News after ``revision``, in time that grows with their number. ``holds``: what is there now."""
+    def since(
+        self, revision: int, holds: Callable[[str], bool], everything: Callable[[], Iterable[str]]
+    ) -> ResidencyChange:
+        """News after ``revision``, in time that grows with their number.
+
+        ``holds``: what is there now; ``everything``: all of it, asked for where the reader is too far behind.
+        """
         behind = self.revision - revision
         if not 0 <= behind <= len(self._changed):  # too far behind, or not a revision of this log
-            return ResidencyChange(self.revision, frozenset(everything), complete=True)
+            return ResidencyChange(self.revision, frozenset(everything()), complete=True)
         newest = reversed(self._changed)
         touched = {next(newest) for _ in range(behind)}
         added = frozenset(digest for digest in touched if holds(digest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,44 +18,33 @@ from adapter_router.catalog.names import Names
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.continuations import Continuations
 from adapter_router.engine.forward import Forward, Work
-from adapter_router.engine.generation import Generated, GenerationWork, Generator
-from adapter_router.engine.leasing import Job, Leases, name_of
+from adapter_router.engine.jobs import Job, Jobs, name_of
+from adapter_router.engine.leasing import Leases
 from adapter_router.engine.reading import Loaded, Obtain, admitted_copy
 from adapter_router.engine.residency import Residency
-from adapter_router.engine.tasks.answering import Given, Reader, answerer, text_prefix
-from adapter_router.engine.tasks.parameters import generation
 from adapter_router.errors import (
     AdapterRejected,
     AdapterRouterError,
     InternalError,
-    InvalidRequest,
-    TaskMismatch,
 )
 from adapter_router.metrics import EngineMetrics
 from adapter_router.types import (
     TASK_KINDS,
     AdapterVersion,
-    Array,
     BaseInfo,
     Capacity,
-    EmbeddingSettings,
     GenerationEvent,
     HeldAdapter,
     LoadReport,
     ResidencyChange,
     Row,
     RowOutcome,
-    RowResult,
     TaskKind,
 )
 
 logger = logging.getLogger(__name__)
-
-_GENERATES = ("text-generation", "seq2seq-generation")
-_MAX_NEW_TOKENS = 4096
-# PEFT's model for question answering (0.21) drops this feature, when it trains and ever after.
-_UNSEEN = "token_type_ids"
 
 
 class Engine:
@@ -78,7 +67,8 @@ class Engine:
         self._leases = Leases(self._residency, self.metrics)
         self._catalog = Names()
         self._forward = Forward(self.base, self.metrics)
-        self._generator = Generator(self.base)
+        self._jobs = Jobs(self.base)
+        self._continuations = Continuations(self.base, self._leases)
 
     def __enter__(self) -> Engine:
         return self
@@ -232,12 +222,9 @@ class Engine:
         jobs = []
         for index, (row, version) in enumerate(zip(rows, versions, strict=True)):
             try:
-                jobs.append(self._encode(index, row, version))
+                jobs.append(self._jobs.job(index, row, version))
             except AdapterRouterError as error:
                 outcomes[index] = error
-            except Exception as error:
-                logger.exception("a row of adapter %s cannot be encoded", row.adapter)
-                outcomes[index] = InternalError(f"the row cannot be encoded: {type(error).__name__}")
         # Rows of like length share a forward, so that a long one costs the others little padding.
         jobs.sort(key=lambda job: job.encoded.num_tokens)
         for start in range(0, len(jobs), self.config.max_batch_rows):
@@ -252,82 +239,13 @@ class Engine:
                 found = self._catalog.find(row.adapter, row.head)
                 if isinstance(found, AdapterRouterError):
                     raise found
-                job = self._encode(index, row, found)
-                self._check_generation(job)
+                job = self._jobs.job(index, row, found)
+                self._continuations.check(job)
                 jobs.append(job)
             except AdapterRouterError as error:
                 yield GenerationEvent(index, adapter=name_of(row), error=error)
         for start in range(0, len(jobs), self.config.max_batch_rows):
-            yield from self._generate_batch(jobs[start : start + self.config.max_batch_rows])
-
-    def _check_generation(self, job: Job) -> None:
-        if job.task not in _GENERATES:
-            raise TaskMismatch(f"adapter {job.name!r} serves {job.task}, which generates nothing", "adapter")
-        if isinstance(job.row.inputs, Mapping) and any(name.startswith("decoder_") for name in job.row.inputs):
-            raise InvalidRequest("generation starts with the decoder's own start token; leave decoder_* out", "inputs")
-        most, limit = generation(job.row.parameters, job.task).max_new_tokens, self.base.encoder.max_tokens
-        prompt = job.encoded.num_tokens if job.task == "text-generation" else 0
-        if most > _MAX_NEW_TOKENS or prompt + most > limit:
-            room = min(_MAX_NEW_TOKENS, limit - prompt)
-            raise InvalidRequest(f"max_new_tokens is {most}, this row has room for {room}", "max_new_tokens")
-
-    def _generate_batch(self, jobs: Sequence[Job]) -> Iterator[GenerationEvent]:
-        events = []
-        for group, leased in self._leases.groups(jobs):
-            if isinstance(leased, AdapterRouterError):
-                events += [GenerationEvent(job.index, adapter=job.name, error=leased) for job in group]
-                continue
-            works = [
-                GenerationWork(
-                    job.encoded,
-                    job.adapter(leased),
-                    job.task,
-                    generation(job.row.parameters, job.task).max_new_tokens,
-                )
-                for job in group
-            ]
-            # All of a group before the first is given out: the caller may never come back for the second.
-            events += [self._event(group[index], generated) for index, generated in self._generator.run(works)]
-        yield from events
-
-    def _event(self, job: Job, generated: Generated | InternalError) -> GenerationEvent:
-        version = job.version.digest if job.version else self.base.fingerprint
-        if isinstance(generated, InternalError):
-            return GenerationEvent(job.index, adapter=job.name, version=version, error=generated)
-        return GenerationEvent(
-            index=job.index,
-            token_ids=generated.token_ids,
-            text=self.base.encoder.detokenize(generated.token_ids),
-            finish_reason="stop" if generated.stopped else "length",
-            adapter=job.name,
-            version=version,
-        )
-
-    def _encode(self, index: int, row: Row, version: AdapterVersion | None) -> Job:
-        task = version.task if version else row.task or self.base.tasks[0]
-        if row.task is not None and row.task != task:
-            raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
-        if task not in self.base.tasks:
-            raise TaskMismatch(f"this base does not serve {task}; it serves {', '.join(self.base.tasks)}", "task")
-        try:
-            spec = self.base.task(task).spec
-        except ValueError as error:
-            raise TaskMismatch(f"this base cannot serve {task}: {error}", "task") from error
-        if version is None and spec.untrained:
-            raise TaskMismatch(f"the bare base has no trained head for {task}; name an adapter", "adapter")
-        reader = Reader(
-            labels=version.labels if version else spec.labels,
-            activation=version.activation if version else spec.activation,
-            embedding=version.embedding if version else EmbeddingSettings(),
-            hidden_size=self.base.hidden_size,
-        )
-        if task == "token-classification" and isinstance(row.inputs, tuple):
-            raise InvalidRequest("token-classification takes one text, not a pair", "inputs")
-        answer = answerer(task, reader, row.parameters)
-        encoded = self.base.encoder.encode(row, text_prefix(task, reader, row.parameters))
-        if version is not None and task == "question-answering":
-            encoded = encoded.without(_UNSEEN)
-        return Job(index, row, task, encoded, answer, version)
+            yield from self._continuations.events(jobs[start : start + self.config.max_batch_rows])
 
     def _run(self, jobs: Sequence[Job], outcomes: dict[int, RowOutcome]) -> None:
         for group, leased in self._leases.groups(jobs):
@@ -336,21 +254,7 @@ class Engine:
                 continue
             works = [Work(job.encoded, job.adapter(leased), job.task) for job in group]
             for job, answer in zip(group, self._forward.run(works), strict=True):
-                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._answer(job, answer)
-
-    def _answer(self, job: Job, raw: Array) -> RowOutcome:
-        try:
-            return self._result(job, raw)
-        except Exception as error:
-            logger.exception("a row of adapter %s cannot be answered", job.name)
-            return InternalError(f"the output cannot be read as an answer: {type(error).__name__}")
-
-    def _result(self, job: Job, raw: Array) -> RowResult:
-        output, logits = job.answer(raw, Given(job.encoded.features, job.encoded.spans))
-        if job.version is None:
-            return RowResult(output, logits, job.name, self.base.fingerprint, job.encoded.num_tokens)
-        parts = tuple((part.version.adapter, part.version.digest, part.weight) for part in job.version.parts)
-        return RowResult(output, logits, job.name, job.version.digest, job.encoded.num_tokens, parts=parts)
+                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._jobs.outcome(job, answer)
 
 
 def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:

@@ -23,10 +23,16 @@ class HostTier:
         """The adapter, if it is here."""
         return self._adapters.get(digest)
 
-    def offer(self, adapter: ResidentAdapter, *, into_free_room: bool = False) -> list[str]:
+    def offer(
+        self,
+        adapter: ResidentAdapter,
+        move: Callable[[ResidentAdapter], ResidentAdapter] | None = None,
+        *,
+        into_free_room: bool = False,
+    ) -> list[str]:
         """Keep ``adapter`` if it is worth more than what it drives out; digests that went, perhaps its own.
 
-        ``into_free_room``: nobody is driven out.
+        ``move`` brings it to host memory, if it is kept. ``into_free_room``: nobody is driven out.
         """
         if adapter.digest in self._adapters:
             return []
@@ -34,10 +40,11 @@ class HostTier:
         victims = self.slots.room_for(adapter.num_bytes, is_mix=is_mix, below=self._worth(adapter.digest))
         if victims is None or (victims and into_free_room):
             return [adapter.digest]
+        kept = adapter if move is None else move(adapter)
         for victim in victims:
             self.take(victim)
         self.slots.add(adapter.digest, adapter.num_bytes, is_mix=is_mix)
-        self._adapters[adapter.digest] = adapter
+        self._adapters[adapter.digest] = kept
         return victims
 
     def take(self, digest: str) -> ResidentAdapter | None:
@@ -53,8 +60,3 @@ class HostTier:
     def with_part(self, digest: str) -> list[str]:
         """Mixes here that ``digest`` is a part of."""
         return [known for known, adapter in self._adapters.items() if digest in adapter.parts]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for digest in self.digests():
-            self.take(digest)

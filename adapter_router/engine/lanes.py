@@ -1,4 +1,4 @@
-"""Threads that work in lanes: what hangs in one lane holds up nobody in another.
+"""Threads that work in lanes: what hangs in one lane holds up nobody in another, until all threads there may be hang.
 
 Threads are daemons that come with work and go when there has been none for a while: one that hangs for ever keeps no
 process from ending.
@@ -46,7 +46,7 @@ class Lanes:
         self._changed = threading.Condition()
 
     def submit(self, lane: str, work: Callable[[], _Result]) -> Future[_Result]:
-        """Run ``work`` in ``lane``. Raises AdapterUnavailable after ``close``."""
+        """Run ``work`` in ``lane``. Raises AdapterUnavailable after ``close``, and where no thread is to be had."""
         future: Future[_Result] = Future()
         with self._changed:
             if self._closed:
@@ -54,10 +54,7 @@ class Lanes:
             self._lanes.setdefault(lane, _Lane()).waiting.append((future, work))
             self._changed.notify()
             if len(self._threads) - self._working < self._ready() and len(self._threads) < self._most:
-                self._started += 1
-                thread = threading.Thread(target=self._run, name=f"{self._name}-{self._started}", daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                self._start_thread(lane)
         return future
 
     def close(self, timeout_s: float) -> None:
@@ -74,6 +71,19 @@ class Lanes:
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _start_thread(self, lane: str) -> None:
+        """For what has just come to ``lane``."""
+        self._started += 1
+        thread = threading.Thread(target=self._run, name=f"{self._name}-{self._started}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has none to give: those there are do the work, if there are any
+            if self._threads:
+                return
+            del self._lanes[lane]  # without threads nothing else waits
+            raise AdapterUnavailable("the system has no thread to load adapters with; try again later") from error
+        self._threads.add(thread)
 
     def _ready(self) -> int:
         """How much work may begin now; threads that have been started or woken take theirs in a moment."""

@@ -17,7 +17,7 @@ from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.lanes import Lanes
 from adapter_router.engine.placing import place
 from adapter_router.engine.reading import Loaded, Obtain, Reader, request_of
-from adapter_router.engine.refusals import Refusals
+from adapter_router.engine.refusals import Key, Refusals
 from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.errors import AdapterRejected, AdapterRouterError, InternalError
 from adapter_router.metrics import EngineMetrics
@@ -57,17 +57,16 @@ class Loading:
         self._adapters, self._mixes = threading.Semaphore(threads), threading.Semaphore(1)
         self._refusals = Refusals()
 
-    def load(self, version: AdapterVersion, finish: Callable[[Arrival], None]) -> Future[None]:
-        """Load an adapter or a mix and hand it to ``finish``, in a thread of the load's own lane.
+    def check(self, version: AdapterVersion) -> None:
+        """Raise what the last attempt to load ``version`` came to, where another would come to the same."""
+        for key in _keys(version):
+            self._refusals.check(key)
 
-        Raises what the last attempt came to, where another would come to the same.
-        """
-        # What is wrong with a mix is told by the names of its parts, which others may call otherwise.
-        key = (version.digest, version.adapter if version.parts else request_of(version))
-        self._refusals.check(key)
+    def load(self, version: AdapterVersion, finish: Callable[[Arrival], None]) -> Future[None]:
+        """Load an adapter or a mix and hand it to ``finish``, in a thread of the load's own lane."""
 
         def run() -> None:
-            finish(self._timed(key, lambda: self._read(version)))
+            finish(self._timed(*_keys(version), lambda: self._read(version)))
 
         kind = "mix" if version.parts else "adapter"
         origins = {_origin(part.version) for part in version.parts} if version.parts else {_origin(version)}
@@ -76,8 +75,8 @@ class Loading:
 
     def admit(self, stored: StoredAdapter, request: Request, finish: Callable[[Arrival], None]) -> Future[Loaded]:
         """Load what has been stored, and tell what it is. Raises AdapterRejected when it was refused before."""
-        key = (stored.digest, request)
-        self._refusals.check(key, for_good=True)  # what was not to be had may be, now that it has been stored
+        content = (stored.digest, request)
+        self._refusals.check(content)
 
         def read() -> tuple[ResidentAdapter, Loaded]:
             files = stored.read()
@@ -85,7 +84,7 @@ class Loading:
                 return self._placed(stored.digest, self._reader.read(files, request))
 
         def run() -> Loaded:
-            arrival = self._timed(key, read)
+            arrival = self._timed(content, None, read)
             finish(arrival)
             return arrival.loaded
 
@@ -112,23 +111,38 @@ class Loading:
             raise AdapterRejected.because(problems)
         return place(digest, loaded, self._base), loaded
 
-    def _timed(self, key: tuple[str, object], read: Callable[[], tuple[ResidentAdapter, Loaded]]) -> Arrival:
-        """``read``, whose failure is counted and remembered under ``key``."""
+    def _timed(self, content: Key, attempt: Key | None, read: Callable[[], tuple[ResidentAdapter, Loaded]]) -> Arrival:
+        """``read``; its failure is counted and remembered, for good under ``content`` or for a while under ``attempt``.
+
+        Raises AdapterRouterError and nothing else.
+        """
         start = time.perf_counter()
         try:
             adapter, loaded = read()
         except AdapterRouterError as error:
-            self._metrics.load_failed(error)
-            self._refusals.failed(key, error)
+            self._failed(content, attempt, error)
             raise
-        except Exception as error:
-            logger.exception("loading adapter %s failed", key[0])
-            failure = InternalError(f"loading the adapter failed: {type(error).__name__}")
-            self._metrics.load_failed(failure)
-            self._refusals.failed(key, failure)
-            raise failure from error
-        self._refusals.succeeded(key)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            logger.exception("loading adapter %s failed", content[0])
+            told = f"loading the adapter failed: {type(error).__name__}"
+            raise self._failed(content, attempt, InternalError(told)) from error
+        self._refusals.arrived(content[0])
         return Arrival(adapter, loaded, time.perf_counter() - start)
+
+    def _failed(self, content: Key, attempt: Key | None, error: AdapterRouterError) -> AdapterRouterError:
+        self._metrics.load_failed(error)
+        key = content if isinstance(error, AdapterRejected) else attempt
+        if key is not None:
+            self._refusals.failed(key, error)
+        return error
+
+
+def _keys(version: AdapterVersion) -> tuple[Key, Key]:
+    """By which it is remembered that a version is refused for good, and that it could not be had."""
+    # What is wrong with a mix is told by the names of its parts, which others may call otherwise.
+    content = version.adapter if version.parts else request_of(version)
+    # What is not to be had under one name, from one source, may be under another.
+    return (version.digest, content), (version.digest, version)
 
 
 def _origin(version: AdapterVersion) -> str:

@@ -5,6 +5,7 @@ A slot is one adapter's place. While a lease is out its slot is neither evicted 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ class SlotTable:
         free = self.budget_bytes - self.used_bytes
         free_for_mixes = self.mix_bytes - self._mixes_use
         victims: list[str] = []
-        for digest, slot in self._candidates(is_mix, below) if free < num_bytes or is_mix else ():
-            over_share = is_mix and free_for_mixes < num_bytes
+        for digest in self._candidates(is_mix, below) if free < num_bytes or is_mix else ():
+            slot, over_share = self._slots[digest], is_mix and free_for_mixes < num_bytes
             if free >= num_bytes and not over_share:
                 break
             if slot.is_mix or not over_share:
@@ -63,17 +64,18 @@ class SlotTable:
         fits = free >= num_bytes and not (is_mix and free_for_mixes < num_bytes)
         return victims if fits else None
 
-    def _candidates(self, is_mix: bool, below: float | None) -> list[tuple[str, _Slot]]:
-        """What may be evicted, in the order in which it should be."""
-        idle = [(digest, slot) for digest, slot in self._slots.items() if not (slot.leases or slot.pinned)]
-        worth = self._worth
-        if worth is not None:
-            worths = {digest: worth(digest) for digest, _ in idle}
+    def _candidates(self, is_mix: bool, below: float | None) -> list[str]:
+        """What may be evicted, in the order in which it should be.
+
+        Names alone: thousands of tuples would bring in the garbage collector, for the whole process, under a lock.
+        """
+        idle = [digest for digest, slot in self._slots.items() if not (slot.leases or slot.pinned)]
+        if self._worth is not None:
+            idle.sort(key=self._worth)
             if below is not None:
-                idle = [(digest, slot) for digest, slot in idle if worths[digest] < below]
-            idle.sort(key=lambda entry: worths[entry[0]])
+                del idle[bisect_left(idle, below, key=self._worth) :]
         if is_mix:
-            idle.sort(key=lambda entry: not entry[1].is_mix)
+            idle.sort(key=lambda digest: not self._slots[digest].is_mix)
         return idle
 
     def can_ever_fit(self, num_bytes: int, *, is_mix: bool = False) -> bool:

@@ -6,6 +6,7 @@ tier lets go of what is worth least. The change log tells of what came to either
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ from adapter_router.engine.transfer import Transfer
 from adapter_router.errors import InvalidRequest
 from adapter_router.metrics import EngineMetrics
 from adapter_router.types import Capacity, HeldAdapter, ResidencyChange
+
+logger = logging.getLogger(__name__)
 
 
 class Tiers:
@@ -69,7 +72,10 @@ class Tiers:
             self._measure()
 
     def install(self, adapter: ResidentAdapter) -> bool:
-        """Put ``adapter``, which is in host memory, on the device; False when leases hold too much just now."""
+        """Put ``adapter``, which is in host memory, on the device; False when leases hold too much just now.
+
+        Raises what the device does: then the adapter is in neither tier.
+        """
         digest, is_mix = adapter.digest, bool(adapter.parts)
         if digest in self._device:
             return digest not in self._dropped
@@ -81,11 +87,15 @@ class Tiers:
         try:
             for victim in victims:
                 self._demote(victim)
-            self._device[digest] = self._transfer.to_device(adapter)
-            self.slots.add(digest, adapter.num_bytes, is_mix=is_mix)
-        finally:
-            if known != (digest in self._device):
-                self._log.note(digest)
+            moved = self._transfer.to_device(adapter)
+        except BaseException:
+            self._gone([digest] if known else [])
+            self._measure()
+            raise
+        self._device[digest] = moved
+        self.slots.add(digest, adapter.num_bytes, is_mix=is_mix)
+        if not known:
+            self._log.note(digest)
         self._last_used.setdefault(digest, self._clock())
         self.popularity.sized(len(self._device))
         self._metrics.promotions.inc(known)
@@ -96,21 +106,18 @@ class Tiers:
         """Take ``adapter`` into the host tier, if it is worth it."""
         if adapter.digest in self:
             return
-        self._log.note(adapter.digest)
-        self._last_used.setdefault(adapter.digest, self._clock())
-        self._gone(self.host.offer(adapter, into_free_room=into_free_room))
-        self._measure()
+        gone = self.host.offer(adapter, into_free_room=into_free_room)
+        if adapter.digest in self.host:  # what was never there is no news, however often it is offered
+            self._log.note(adapter.digest)
+            self._last_used[adapter.digest] = self._clock()
+            self._gone(gone)
+            self._measure()
 
     def drop(self, digest: str) -> None:
         """Free an adapter's memory, and that of mixes with it; what is in use goes with its last lease."""
         mixes = [known for known, adapter in self._device.items() if digest in adapter.parts]
         for known in (digest, *mixes, *self.host.with_part(digest)):
-            if known in self._device and self.slots.leases(known):
-                self._dropped.add(known)
-            elif known in self._device:
-                self._forget(known)
-            elif self.host.take(known) is not None:
-                self._gone([known])
+            self._let_go(known)
         self._measure()
 
     def pin(self, digest: str) -> None:
@@ -145,7 +152,7 @@ class Tiers:
 
     def changes(self, since: int) -> ResidencyChange:
         """What came and went after revision ``since``; what is in host memory counts as there."""
-        return self._log.since(since, self.__contains__, [*self._device, *self.host.digests()])
+        return self._log.since(since, self.__contains__, lambda: [*self._device, *self.host.digests()])
 
     def held(self) -> list[HeldAdapter]:
         """Every adapter in memory."""
@@ -179,9 +186,10 @@ class Tiers:
         )
 
     def clear(self) -> None:
-        """Forget everything, leases or not."""
-        self._device.clear()
-        self.host.clear()
+        """Free everything; what is in use goes with its last lease."""
+        for digest in [*self._device, *self.host.digests()]:
+            self._let_go(digest)
+        self._measure()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the books of both tiers agree."""
@@ -193,6 +201,15 @@ class Tiers:
         assert all(self.slots.leases(digest) for digest in self._dropped)
         assert set(self._last_used) == {*self._device, *self.host.digests()}
 
+    def _let_go(self, digest: str) -> None:
+        if digest not in self._device:
+            if self.host.take(digest) is not None:
+                self._gone([digest])
+        elif self.slots.leases(digest):
+            self._dropped.add(digest)
+        else:
+            self._forget(digest)
+
     def _forget(self, digest: str) -> None:
         del self._device[digest]
         self._dropped.discard(digest)
@@ -200,9 +217,16 @@ class Tiers:
         self._gone([digest])
 
     def _demote(self, digest: str) -> None:
+        """Down to host memory, if it is worth its room there, or out."""
         self.slots.remove(digest)
-        self._gone(self.host.offer(self._transfer.to_host(self._device.pop(digest))))
+        adapter = self._device.pop(digest)
         self._metrics.evictions.inc()
+        try:
+            gone = self.host.offer(adapter, self._transfer.to_host)
+        except RuntimeError:  # of CUDA, which has no host memory to give: whoever needs the room gets it all the same
+            logger.warning("adapter %s cannot be kept in host memory", digest, exc_info=True)
+            gone = [digest]
+        self._gone(gone)
 
     def _gone(self, digests: Sequence[str]) -> None:
         for digest in digests:
