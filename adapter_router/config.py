@@ -172,13 +172,14 @@ class CatalogConfig:
     """What is registered, and where a node keeps its copies.
 
     ``url``: ``sqlite:///…`` or ``postgresql+psycopg://…``; None is a file of the application's own in ``store_dir``.
-    ``store_bytes``: what the copies may take on disk, None for no limit. ``manifest``: a file that declares adapters.
+    ``store_bytes``: what the copies may take on disk, None for no limit; ``max_adapter_bytes``: what the weights of one
+    adapter may have as a file. ``manifest``: a file that declares adapters.
     """
 
     store_dir: Path
     url: str | None = None
     store_bytes: int | None = None
-    max_adapter_bytes: int = 1 << 40
+    max_adapter_bytes: int = 4 * EngineConfig.adapter_memory_bytes
     sources: SourceConfig = field(default_factory=SourceConfig)
     manifest: Path | None = None
 

@@ -127,15 +127,12 @@ class AppArgs(BaseArgs):
     routing: RoutingArgs = RoutingArgs()
 
 
+_LARGEST = 4  # times what a device has room for: a file may be float64 where two bytes are served
+
+
 def build(args: AppArgs) -> serve.Application:
     """The application: routers with HTTP in front of replicas of every base."""
-    catalog = CatalogConfig(
-        url=args.catalog,
-        store_dir=Path(args.store_dir),
-        store_bytes=args.store_bytes,
-        sources=SourceConfig(**args.sources.model_dump()),
-        manifest=Path(args.manifest) if args.manifest else None,
-    )
+    catalog = catalog_of(args)
     router = serve.deployment(
         serve.ingress(build_http)(Router),
         name="router",
@@ -147,6 +144,18 @@ def build(args: AppArgs) -> serve.Application:
     replicas = [_replicas(base, number, args, catalog) for number, base in enumerate([args, *args.more_bases])]
     routing = RoutingConfig(**args.routing.model_dump())
     return router.bind(replicas, routing, catalog, [adapter.spec() for adapter in args.adapters])
+
+
+def catalog_of(args: AppArgs) -> CatalogConfig:
+    """What routers and replicas know of the catalog; no larger file is fetched than the largest device has room for."""
+    return CatalogConfig(
+        url=args.catalog,
+        store_dir=Path(args.store_dir),
+        store_bytes=args.store_bytes,
+        max_adapter_bytes=_LARGEST * max(base.adapter_memory_bytes for base in (args, *args.more_bases)),
+        sources=SourceConfig(**args.sources.model_dump()),
+        manifest=Path(args.manifest) if args.manifest else None,
+    )
 
 
 def _replicas(base: BaseArgs, number: int, args: AppArgs, catalog: CatalogConfig) -> serve.Application:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +113,29 @@ def test_room_is_made_before_it_is_needed(store: ContentStore, tmp_path: Path) -
     assert len(copies(store)) == 1
 
 
+def test_one_larger_than_all_of_the_budget_is_refused_and_moves_nobody(store: ContentStore, tmp_path: Path) -> None:
+    adapters = [kept(store, tmp_path, number) for number in range(3)]
+    with pytest.raises(AdapterRejected, match="store_bytes"):
+        store.admit(made(tmp_path / "large", bytes(4 * KIB)))
+    with pytest.raises(AdapterRejected, match="store_bytes"):
+        store.make_room(4 * KIB)
+    assert copies(store) == {adapter.directory for adapter in adapters} and store.num_evicted == 0
+
+
+def test_room_is_made_where_the_disk_has_none_for_another_directory(
+    store: ContentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        kept(store, tmp_path, number)
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    store.make_room(2 * KIB)
+    assert len(copies(store)) == 1
+
+
 def test_what_was_there_before_counts(tmp_path: Path) -> None:
     unlimited = ContentStore(tmp_path / "store")
     adapters = [kept(unlimited, tmp_path, number) for number in range(6)]
@@ -204,7 +230,7 @@ for line in sys.stdin:
     elif verb == "forget":
         del admitted[what]
     elif verb == "stage":
-        staging = store.scratch()
+        staging = store.staging.scratch()
         print(staging.__enter__(), flush=True)
         continue
     print("done", flush=True)
@@ -326,6 +352,27 @@ for _ in range(150):
     assert store.index.num_bytes() == len(copies(store)) * (KIB + 2)
 
 
+def test_processes_that_mend_one_copy_at_once_agree(tmp_path: Path) -> None:
+    """Each damages it whenever it has it; none is told that the adapter is at fault."""
+    script = """
+import contextlib, sys
+from pathlib import Path
+from adapter_router.catalog.store import ContentStore
+store = ContentStore(Path(sys.argv[1]))
+for _ in range(200):
+    stored = store.admit(sys.argv[2])
+    with contextlib.suppress(FileNotFoundError):
+        (stored.directory / "adapter_config.json").write_bytes(b"damage")
+    store.settle(stored, keep=True)
+"""
+    source = made(tmp_path / "a", b"w")
+    root = tmp_path / "store"
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(root), str(source)]) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    store = ContentStore(root)
+    assert store.admit(source).read().weights == b"w" and len(copies(store)) == 1
+
+
 # -- damage --------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +384,12 @@ def drop(directory: Path) -> None:
     (directory / "adapter_model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [overwrite, drop, shutil.rmtree])
+def lead_in_a_circle(directory: Path) -> None:
+    drop(directory)
+    (directory / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("damage", [overwrite, drop, shutil.rmtree, lead_in_a_circle])
 def test_a_copy_found_damaged_is_found_no_more(
     damage: Callable[[Path], None], store: ContentStore, tmp_path: Path
 ) -> None:
@@ -393,6 +445,46 @@ def test_files_of_two_versions_are_never_mixed(
     during_copy(replace)
     files = store.admit(source).read()
     assert (files.config, files.weights) == (b"[]", b"new") and len(seen) == 4
+
+
+def test_files_of_two_versions_with_the_same_times_are_never_mixed(
+    store: ContentStore, tmp_path: Path, during_copy: Callable[[Callable[[str], None]], None]
+) -> None:
+    """As rsync and cp leave them when they are told to keep times and write in place."""
+    source = made(tmp_path / "a", b"old")
+    before = {path: path.stat() for path in source.iterdir()}
+    seen: list[str] = []
+
+    def replace(name: str) -> None:
+        seen.append(name)
+        if len(seen) == 1:
+            made(source, b"new", b"[]")
+            for path, status in before.items():
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    during_copy(replace)
+    files = store.admit(source).read()
+    assert (files.config, files.weights) == (b"[]", b"new")
+
+
+def test_too_many_open_files_are_no_fault_of_the_adapters(store: ContentStore, tmp_path: Path) -> None:
+    source = made(tmp_path / "a", b"w")
+    kept(store, tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    outcomes = set()
+    for room in range(12):
+        free = os.open(tmp_path, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, hard))
+        try:
+            store.settle(store.admit(source), keep=True)
+            outcomes.add("kept")
+        except AdapterUnavailable:
+            outcomes.add("unavailable")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert outcomes == {"kept", "unavailable"}
+    assert store.admit(source).read().weights == b"w"
 
 
 def test_one_that_is_written_all_the_time_is_unavailable(

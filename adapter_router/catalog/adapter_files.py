@@ -48,9 +48,7 @@ def size_problem(name: str, size: int, max_bytes: int) -> str | None:
     """Why the file ``name`` may not have ``size`` bytes, where weights may have ``max_bytes``."""
     if size <= largest(name, max_bytes):
         return None
-    if name in (WEIGHTS, INITIAL):
-        return f"{name} has {size} bytes, adapter_memory_bytes is {max_bytes}"
-    return f"{name} has {size} bytes, the limit is {_MAX_CONFIG_BYTES}"
+    return f"{name} has {size} bytes, the limit is {max_bytes if name in (WEIGHTS, INITIAL) else _MAX_CONFIG_BYTES}"
 
 
 def largest(name: str, max_bytes: int) -> int:
@@ -71,13 +69,16 @@ def directory_problems(directory: Path, max_bytes: int) -> list[str]:
     return problems + [problem for problem in found if problem is not None]
 
 
-def identity(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """What changes when a file of ``directory`` is written or replaced: name, inode, bytes and time of each."""
+def identity(directory: Path) -> tuple[tuple[str, int, int, int, int], ...]:
+    """What changes when a file of ``directory`` is written or replaced: name, inode, bytes and times of each.
+
+    The time of its last change too, which nobody can set back: ``rsync --times`` and ``cp -p`` set that of the content.
+    """
     found = []
     for name in FILES:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             status = (directory / name).stat()
-            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return tuple(found)
 
 

@@ -7,14 +7,57 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from adapter_router.catalog.adapter_files import ContentHash, escapes, identity, largest, link_problem
+from adapter_router.catalog.adapter_files import (
+    ContentHash,
+    directory_problems,
+    escapes,
+    identity,
+    largest,
+    link_problem,
+)
+from adapter_router.catalog.location import resolve
+from adapter_router.errors import AdapterRejected, AdapterUnavailable
 
 _CHUNK_BYTES = 1 << 20
+# Why a directory cannot be had for good; whatever else the system says, there is no room, or too many open files, or a
+# disk does not answer just now.
+_ITS_OWN = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+)
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
 class Replaced(Exception):
     """A file was another than a moment ago; the next copy may be of one piece."""
+
+
+def checked(source: str | os.PathLike[str], max_bytes: int, *, followed: bool) -> Path:
+    """``source`` with its links followed; ``followed``: it must be without any.
+
+    Raises AdapterRejected with every problem, OSError.
+    """
+    try:
+        directory = Path(resolve(os.fspath(source)))
+        problems = directory_problems(directory, max_bytes)
+        actual = directory if problems else Path(os.path.realpath(directory))
+    except ValueError as error:
+        raise AdapterRejected.because([str(error)]) from error
+    if followed and actual != directory:
+        problems = [f"{directory} is a link by now; name the place that it leads to"]
+    if problems:
+        raise AdapterRejected.because(problems)
+    return actual
+
+
+def told(source: str | os.PathLike[str], error: OSError) -> AdapterRejected | AdapterUnavailable:
+    """What kept ``source`` from being copied, and whether it may be otherwise the next time."""
+    text = f"{os.fspath(source):.200} is not a directory that can be copied: {error.strerror}"
+    return AdapterRejected.because([text]) if error.errno in _ITS_OWN else AdapterUnavailable(text)
 
 
 def copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
@@ -27,7 +70,7 @@ def copy_files(directory: Path, staging: Path, max_bytes: int) -> str:
     for name, *_ in before:
         (staging / name).parent.mkdir(exist_ok=True)
         hasher.start_file(name)
-        actual = (directory / name).resolve()
+        actual = Path(os.path.realpath(directory / name))  # which raises nothing for links in a circle
         if escapes(actual, directory):
             raise ValueError(link_problem(name))
         with _open_without_links(actual) as source:

@@ -5,9 +5,11 @@ A hold is an advisory lock on the directory itself (flock), which the system end
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,7 +17,12 @@ class Hold:
     """A lock that lasts until ``release``, or until nobody refers to it."""
 
     def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self._release = weakref.finalize(self, os.close, descriptor)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether what is held, and not released yet, still lies at ``path``."""
+        return _is_there(self._descriptor, path)
 
     def release(self) -> None:
         self._release()
@@ -49,6 +56,14 @@ def take(path: Path) -> Hold | None:
         return None
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Have a turn at what ``path``, a file of nobody else's, stands for: one at a time, threads and processes."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_there(descriptor: int, path: Path) -> bool:

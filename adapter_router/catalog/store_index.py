@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapter_router.catalog.adapter_files import FILES
+from adapter_router.catalog.adapter_files import identity
 
 _Result = TypeVar("_Result")
 
@@ -151,8 +151,8 @@ class StoreIndex:
 
 
 def bytes_of(directory: Path) -> int:
-    """Of the files of one copy."""
-    return sum((directory / name).stat().st_size for name in FILES if (directory / name).exists())
+    """Of the files of an adapter that are in ``directory``."""
+    return sum(size for _, _, size, *_ in identity(directory))
 
 
 def _first(query: str, values: Sequence[object], db: sqlite3.Connection) -> tuple[Any, ...] | None:

@@ -15,7 +15,7 @@ from adapter_router.adapters.keys import listed
 from adapter_router.adapters.validate import Request
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.engine.reading import Reader
-from adapter_router.errors import AdapterRejected
+from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.merging.request import Part
 from adapter_router.types import TaskKind
 
@@ -84,7 +84,7 @@ def load(part: Part, store: ContentStore, reader: Reader, task: TaskKind | None)
 def _admit(part: Part, store: ContentStore) -> StoredAdapter:
     try:
         return store.admit(part.directory)
-    except AdapterRejected as error:
+    except AdapterUnavailable as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in _DISK_FULL:  # no fault of the adapter's
             raise WriteFailed(cause.errno, cause.strerror, str(store.root)) from error

@@ -66,7 +66,8 @@ class HubServer:
         form = parse_qs(handler.rfile.read(int(handler.headers["Content-Length"])).decode())
         request = Request("POST", handler.path, handler.headers)
         self.web.site.requests.append(request)
-        if self._denied(handler):
+        waiting = self.web.site.faults[handler.path]
+        if (waiting and waiting.popleft()(handler, request)) or self._denied(handler):
             return
         files = self.commits[handler.path.rpartition("/")[2]]
         self._json(handler, [_described(name, files[name]) for name in form["paths"] if name in files])

@@ -65,6 +65,10 @@ def test_an_address_has_one_form(uri: str, told: str) -> None:
         ("https://host/a?X-Amz-Signature=hush", "secretRef"),
         ("https://host/a#hush", "secretRef"),
         ("https://me:hush@host/a", "secretRef"),
+        ("https:/me:hush@host/a", "'https' is no kind of address"),
+        ("https://me:x/hush@host/a", "no host"),
+        ("s3://key:x/hush@bucket/a", "secretRef"),
+        ("s3:key:hush@bucket/a", "'s3' is no kind of address"),
         ("https://host/a//b", "empty part"),
         ("https://host/a/../b", ". or .."),
         ("https://host/a/%2e%2E/b", ". or .."),
@@ -124,6 +128,9 @@ def test_what_is_shown_has_no_credentials() -> None:
     assert redacted("s3://key:hush@bucket/a@b") == "s3://***@bucket/a@b"
     assert redacted("https://a@b@host/a") == "https://***@host/a"
     assert redacted("/srv/a?b@c") == "/srv/a?b@c"
+    assert redacted("hf://org/name@v1/a:b@c") == "hf://org/name@v1/a:b@c"
+    assert redacted("https://[2001:db8::1]:8443/a@b") == "https://[2001:db8::1]:8443/a@b"
+    assert redacted("https://host:8443/a@b") == "https://host:8443/a@b"
 
 
 # -- the allow-list ------------------------------------------------------------------------------------------------
@@ -183,6 +190,11 @@ def test_paths_are_followed_to_where_they_lead(tmp_path: Path, monkeypatch: pyte
         assert [uri for uri in outside if allows(policy, uri)] == []
 
 
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    assert not allows(Policy(["/srv"]), str(tmp_path / "circle"))
+
+
 def test_a_package_ends_where_it_ends() -> None:
     policy = Policy(["package:"])
     assert allows(policy, "package:deployments/demo")
@@ -221,6 +233,8 @@ def test_every_wrong_prefix_is_listed() -> None:
         "::1",
         "fe80::1%eth0",
         "fd00::1",
+        "fec0::1",
+        "::7f00:1",
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",

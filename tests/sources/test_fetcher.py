@@ -181,6 +181,7 @@ def test_a_source_that_stumbles_is_unavailable(web: WebServer, fetcher: Fetcher)
 def test_no_credential_reaches_a_log_or_an_error(
     web: WebServer, store: ContentStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level(logging.INFO)
     caplog.set_level(logging.DEBUG, "adapter_router")
     monkeypatch.setenv("ADAPTER_ROUTER_SECRET_MINE", '{"token": "hush-token", "query": "sig=hush-query"}')
     fetcher = Fetcher(quick(f"{web.url}/"), store)

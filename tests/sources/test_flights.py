@@ -272,6 +272,14 @@ def test_what_nobody_goes_on_with_is_removed_after_a_day(web: WebServer, fetcher
     assert len(unfinished(fetcher.store)) == 1 and not old.exists()
 
 
+def test_what_goes_while_it_is_looked_at_is_no_error(web: WebServer, fetcher: Fetcher) -> None:
+    """Others finish with theirs at any time."""
+    leave_unfinished(web, fetcher, "/a")
+    (fetcher.store.work / "downloads" / "gone").symlink_to("nowhere")
+    again = Fetcher(fetcher.config, fetcher.store)
+    assert again.fetch(Source(f"{web.url}/a")).read().weights == LARGE
+
+
 def test_what_is_not_finished_takes_a_quarter_of_the_budget_at_most(web: WebServer, tmp_path: Path) -> None:
     store = ContentStore(tmp_path / "small", max_bytes=8 << 20, budget_bytes=10 << 20)
     fetcher = Fetcher(quick(f"{web.url}/"), store)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import Source
 from tests.sources.conftest import CONFIG, WEIGHTS, copies, quick
 from tests.sources.hub_server import HubServer
-from tests.sources.web_server import WebServer, cut, first, hang, redirect, status
+from tests.sources.web_server import WebServer, cut, drip_head, first, hang, redirect, status
 
 LARGE = os.urandom((3 << 20) + 17)
 
@@ -145,12 +146,36 @@ def test_a_hub_that_stumbles_is_asked_again(hub: HubServer, fetcher: Fetcher) ->
     assert fetch(fetcher, "hf://org/food").read().weights == b"w"
 
 
-def test_a_hub_that_hangs_is_given_up(hub: HubServer, store: ContentStore) -> None:
-    hub.push("org/food", config=b"{}", weights=b"w")
-    hub.fail("/api/models/org/food", *[hang] * 9)
+@pytest.mark.parametrize("path", ["", "/paths-info/{commit}"])
+def test_a_hub_that_hangs_is_given_up(path: str, hub: HubServer, store: ContentStore) -> None:
+    commit = hub.push("org/food", config=b"{}", weights=b"w")
+    hub.fail("/api/models/org/food" + path.format(commit=commit), *[hang] * 9)
     fetcher = Fetcher(quick("hf://", idle_timeout_s=0.3), store, lambda _: {"endpoint": hub.url})
+    begun = time.monotonic()
     with pytest.raises(AdapterUnavailable, match="cannot be asked"):
         fetch(fetcher, "hf://org/food")
+    assert time.monotonic() - begun < 20
+
+
+def test_a_hub_whose_address_has_a_password_in_it_is_told_without(hub: HubServer, store: ContentStore) -> None:
+    hub.fail("/api/models/org/food", *[hang] * 9)
+    endpoint = hub.url.replace("://", "://me:hush@")
+    fetcher = Fetcher(quick("hf://", idle_timeout_s=0.3), store, lambda _: {"endpoint": endpoint})
+    with pytest.raises(AdapterUnavailable, match="cannot be asked") as caught:
+        fetch(fetcher, "hf://org/food")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_hub_that_answers_for_ever_is_given_up_in_time(hub: HubServer, store: ContentStore) -> None:
+    """It is never idle, and so it is not for the library to notice."""
+    hub.push("org/food", config=b"{}", weights=b"w")
+    hub.fail("/api/models/org/food", drip_head)
+    fetcher = Fetcher(quick("hf://", timeout_s=1), store, lambda _: {"endpoint": hub.url})
+    begun = time.monotonic()
+    with pytest.raises(AdapterUnavailable, match="timeout_s"):
+        fetch(fetcher, "hf://org/food")
+    assert time.monotonic() - begun < 20
 
 
 def test_a_repository_of_another_organisation_is_not_allowed_by_any_name(hub: HubServer, fetcher: Fetcher) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from adapter_router.catalog.sources import objects
+from adapter_router.catalog.sources.address import parse
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
@@ -84,6 +86,25 @@ def test_one_overwritten_while_it_is_read_is_never_mixed(s3: S3Server, fetcher: 
     assert files.config == b"[]" and files.weights == changed
 
 
+def test_one_overwritten_and_restored_while_it_is_read_is_never_mixed(s3: S3Server, fetcher: Fetcher) -> None:
+    """In the end it looks as it did in the beginning: same tag, same time, same version."""
+    s3.client.put_bucket_versioning(Bucket="adapters", VersioningConfiguration={"Status": "Enabled"})
+    uri = s3.put("a", config=b"{}", weights=LARGE)
+    other = {"Bucket": "adapters", "Key": f"a/{WEIGHTS}"}
+    versions: list[str] = []
+
+    def overwrite() -> None:
+        versions.append(s3.client.put_object(**other, Body=bytes(len(LARGE)))["VersionId"])
+        s3.fail("HEAD", WEIGHTS, first(restore))
+
+    def restore() -> None:
+        s3.client.delete_object(**other, VersionId=versions[0])
+
+    s3.fail("GET", WEIGHTS, first(lambda: s3.fail("GET", WEIGHTS, first(overwrite))))
+    assert fetch(fetcher, uri).read().weights == LARGE
+    assert len(versions) == 1
+
+
 def test_one_removed_while_it_is_read_is_not_there(s3: S3Server, fetcher: Fetcher) -> None:
     uri = s3.put("a", config=b"{}", weights=LARGE)
     remove = first(lambda: s3.client.delete_object(Bucket="adapters", Key=f"a/{WEIGHTS}"))
@@ -144,6 +165,19 @@ def test_without_credentials_it_is_refused(s3: S3Server, store: ContentStore) ->
     fetcher = Fetcher(quick("s3://"), store, lambda _: {"endpoint_url": s3.secret["endpoint_url"]})
     with pytest.raises(AdapterRejected, match="no credentials"):
         fetch(fetcher, s3.put("a", config=b"{}", weights=b"w"))
+
+
+def test_what_is_not_used_any_more_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_MOST_OPEN", 1)
+    monkeypatch.setattr(objects, "_LAST_USE_S", 0)
+    stores = objects.ObjectStores(5)
+    address = parse(Source("s3://adapters/a"))
+    loops = [stores.folder(address, {"key": key, "secret": "hush"})._file_system.loop for key in ("one", "two")]
+    until = time.monotonic() + 30
+    while not loops[0].is_closed():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert loops[1].is_running()
 
 
 def test_the_secret_is_what_signs(s3: S3Server, fetcher: Fetcher) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from adapter_router.catalog.adapter_files import FILES
 from adapter_router.catalog.sources.address import Address
+from adapter_router.catalog.sources.clients import Clients
 from adapter_router.catalog.sources.fetcher import Fetcher
-from adapter_router.catalog.sources.web import Clients, Web
+from adapter_router.catalog.sources.web import Web
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.errors import AdapterRejected, AdapterUnavailable
 from adapter_router.types import Source
@@ -24,6 +25,7 @@ from tests.sources.web_server import (
     Fault,
     Handler,
     Proxy,
+    Request,
     WebServer,
     chunked,
     cut,
@@ -225,6 +227,32 @@ def test_an_answer_to_head_may_not_know_the_length(length: dict[str, str], web: 
     assert files.weights == LARGE and files.head_config == b""
 
 
+def test_a_server_may_send_less_than_the_part_it_was_asked_for(web: WebServer, fetcher: Fetcher) -> None:
+    """And nobody knows the length but who says it of the whole."""
+    uri = put(web, "/a", LARGE)
+
+    def head(handler: Handler) -> None:
+        content = web.site.files.get(handler.path)
+        handler.head(404 if content is None else 200, ETag=handler.tag(content or b""), Connection="close")
+
+    def break_off(handler: Handler, _: Request) -> bool:
+        handler.head(200, Transfer_Encoding="chunked", ETag=handler.tag(LARGE))
+        handler.wfile.write(b"400\r\n" + LARGE[:1024] + b"\r\n")
+        handler.close_connection = True
+        return True
+
+    def a_kib_more(handler: Handler, _: Request) -> bool:
+        part = {"Content_Length": "1024", "Content_Range": f"bytes 1024-2047/{len(LARGE)}"}
+        handler.head(206, ETag=handler.tag(LARGE), **part)
+        handler.wfile.write(LARGE[1024:2048])
+        return True
+
+    web.route(HEAD=head)
+    web.site.fail(f"/a/{WEIGHTS}", break_off, a_kib_more)
+    assert fetch(fetcher, uri).read().weights == LARGE
+    assert [request.range for request in web.site.asked("GET", WEIGHTS)] == [None, "bytes=1024-", "bytes=2048-"]
+
+
 def test_missing_files_are_listed_together(web: WebServer, fetcher: Fetcher) -> None:
     with pytest.raises(AdapterRejected) as caught:
         fetcher.fetch(Source(f"{web.url}/nowhere"))
@@ -272,7 +300,7 @@ def unavailable_later(fetcher: Fetcher, uri: str) -> None:
 def test_one_too_large_is_not_even_begun(web: WebServer, fetcher: Fetcher) -> None:
     uri = put(web, "/a", bytes((12 << 20) + 1), **{"/a/config.json": bytes((1 << 20) + 1)})
     text = refusal(fetcher, uri)
-    assert f"{WEIGHTS} has {(12 << 20) + 1} bytes, adapter_memory_bytes is {8 << 20}" in text
+    assert f"{WEIGHTS} has {(12 << 20) + 1} bytes, the limit is {8 << 20}" in text
     assert "config.json has 1048577 bytes, the limit is 1048576" in text
     assert web.site.asked("GET", "") == []
 
@@ -318,6 +346,14 @@ def test_a_pin_that_is_missed_leaves_nothing(pin: str, web: WebServer, fetcher: 
     with pytest.raises(AdapterRejected, match=f"not the {pin} it must be"):
         fetcher.fetch(Source(uri, sha256=pin))
     assert copies(fetcher.store) == []
+
+
+def test_a_pin_of_a_copy_that_is_damaged_is_looked_at_again(web: WebServer, fetcher: Fetcher) -> None:
+    uri, pin = put(web, "/a", LARGE), hashlib.sha256(LARGE).hexdigest()
+    (fetch(fetcher, uri, pin).directory / WEIGHTS).unlink()
+    with pytest.raises(AdapterUnavailable, match="cannot be read"):
+        fetcher.fetch(Source(uri, sha256=pin))
+    assert fetch(fetcher, uri, pin).read().weights == LARGE
 
 
 # -- where it may lead ---------------------------------------------------------------------------------------------

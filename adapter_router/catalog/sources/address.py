@@ -18,6 +18,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _SHA256 = re.compile(r"(sha256:)?[0-9a-f]{64}")
 _EMPTY_PART = "it has an empty part (//)"
+# What stands before the host; a password with a slash in it goes to the last @, as no port looks like that.
+_LOGIN = re.compile(r"\A([^/]*@|(?!\[)[^/:]*:(?![0-9]*(/|\Z)).*@)", re.DOTALL)
 _SUB_DELIMITERS = "!$&'()*+,;=:@~"
 
 
@@ -103,14 +105,15 @@ def parse_redirect(url: str) -> tuple[Address | None, list[str]]:
 
 
 def redacted(text: str) -> str:
-    """``text`` with what may be a credential in an address replaced: before an ``@``, and all after a ``?``."""
-    if "://" not in text:
+    """``text`` with what may be a credential in an address replaced: before an ``@``, and all after a ``?``.
+
+    Also where it is no address, for a slash too few or one in a password.
+    """
+    match = re.match(r"[^:/?#@]*:[/\\]*", text)
+    if match is None:
         return f"{text:.500}"
-    head, _, rest = text.partition("://")
-    authority, slash, path = re.sub(r"[?#].*", "?***", rest, flags=re.DOTALL).partition("/")
-    if "@" in authority:
-        authority = "***@" + authority.rpartition("@")[2]
-    return f"{head}://{authority}{slash}{path}"[:500]
+    rest = re.sub(r"[?#].*", "?***", text[match.end() :], flags=re.DOTALL)
+    return (match.group() + _LOGIN.sub("***@", rest))[:500]
 
 
 def _revision_problems(source: Source, address: Address | None) -> list[str]:

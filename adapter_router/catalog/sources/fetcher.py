@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import logging
 import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from adapter_router.catalog.adapter_files import WEIGHTS, identity
@@ -30,8 +28,6 @@ from adapter_router.types import AdapterVersion, Source
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Fetcher:
@@ -61,13 +57,13 @@ class Fetcher:
         address = parse(source)
         here = self._policy.check(address) or self._places.cached(address)
         if here is not None:
-            stored = self._admit(address, here)
+            stored = self.store.admit(here, followed=address.scheme in LOCAL)
         else:
             key = _key(address, source)
             stored = self._flights.join(key, lambda: self._fetch_remote(address, source, key, progress))
         try:
             _check_pin(address, source.sha256, stored)
-        except AdapterRouterError:
+        except BaseException:
             self.store.settle(stored, keep=False)
             raise
         return stored
@@ -114,15 +110,6 @@ class Fetcher:
                 return _fingerprint_of(await download.look())
 
         return self._run(address, look())
-
-    def _admit(self, address: Address, here: Path) -> StoredAdapter:
-        try:
-            return self.store.admit(here, followed=address.scheme in LOCAL)
-        except AdapterRejected as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in _NO_ROOM:  # no fault of the adapter's
-                raise self._no_room(address, cause) from None
-            raise
 
     def _fetch_remote(self, address: Address, source: Source, key: str, progress: Progress | None) -> StoredAdapter:
         secret = self._secret(source)
@@ -180,16 +167,13 @@ class Fetcher:
                 "attempt goes on from there"
             )
         if isinstance(error, OSError):
-            return self._no_room(address, error)
+            return AdapterUnavailable(
+                f"{address} cannot be written to the store at {self.store.root}: "
+                f"{error.strerror or type(error).__name__}; what came is kept, and the next attempt goes on from there"
+            )
         where = "".join(traceback.format_tb(error.__traceback__))  # whatever a library throws
         logger.error("fetching %s failed: %s\n%s", address, type(error).__name__, where)
         return AdapterUnavailable(f"{address} cannot be fetched just now: {type(error).__name__}")
-
-    def _no_room(self, address: Address, error: OSError) -> AdapterUnavailable:
-        return AdapterUnavailable(
-            f"{address} cannot be written to the store at {self.store.root}: {error.strerror or type(error).__name__}; "
-            "what came is kept, and the next attempt goes on from there"
-        )
 
     def _secret(self, source: Source) -> Mapping[str, str]:
         return Secret({}) if source.secret_ref is None else Secret(self._secrets(source.secret_ref))
@@ -206,8 +190,7 @@ def _check_pin(address: Address, pin: str | None, stored: StoredAdapter) -> None
     if pin.startswith("sha256:"):
         found, what = stored.digest, "an adapter of digest"
     else:
-        with (stored.directory / WEIGHTS).open("rb") as weights:
-            found, what = hashlib.file_digest(weights, "sha256").hexdigest(), f"{WEIGHTS} of sha256"
+        found, what = hashlib.sha256(stored.read().weights).hexdigest(), f"{WEIGHTS} of sha256"
     if found != pin:
         raise refused([f"{address} holds {what} {found}, not the {pin} it must be; if that is intended change sha256"])
 

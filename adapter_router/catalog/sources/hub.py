@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url, is_offline_mode, try_to_load_from_cache
@@ -17,13 +18,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented all the same
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented all the same
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from adapter_router.catalog.adapter_files import CONFIG, FILES, PICKLE
-from adapter_router.catalog.sources.address import Address, parse_redirect
+from adapter_router.catalog.sources.address import Address, parse_redirect, redacted
+from adapter_router.catalog.sources.clients import Clients
 from adapter_router.catalog.sources.place import Failing, RemoteFile, Stream, refused
 from adapter_router.catalog.sources.policy import Policy
-from adapter_router.catalog.sources.web import Clients, Web
+from adapter_router.catalog.sources.threads import in_thread
+from adapter_router.catalog.sources.web import Web
 
 _MAY_HEAL = (408, 425, 429, 500, 502, 503, 504)
 
@@ -61,8 +68,8 @@ class HubRepository:
         self._timeout_s = idle_timeout_s
         self._api = HfApi(endpoint=secret.get("endpoint"), token=secret.get("token"))
         self._commit: str | None = None
-        authorization = build_hf_headers(token=secret.get("token")).get("authorization")
-        self._web = Web(_HubGuard(self._api.endpoint), self._url, clients, authorization)
+        self._headers = build_hf_headers(token=secret.get("token"))
+        self._web = Web(_HubGuard(self._api.endpoint), self._url, clients, self._headers.get("authorization"))
 
     async def __aenter__(self) -> HubRepository:
         return self
@@ -73,13 +80,24 @@ class HubRepository:
     async def files(self) -> Mapping[str, RemoteFile]:
         if self._commit is None:
             self._commit = await self._find_commit()
-        paths = [self._folder + name for name in (*FILES, PICKLE)]
-        found = await self._ask(self._api.get_paths_info, self._repository, paths, revision=self._commit)
-        files = {info.path.removeprefix(self._folder): info for info in found if hasattr(info, "blob_id")}
+        found = await self._ask(self._paths_info, self._commit)
+        files = {info["path"].removeprefix(self._folder): info for info in found if info["type"] == "file"}
         return {
-            name: RemoteFile(name, info.size, info.blob_id, True, info.lfs.sha256 if info.lfs else None)
+            name: RemoteFile(name, info["size"], info["oid"], True, info["lfs"]["oid"] if info.get("lfs") else None)
             for name, info in files.items()
         }
+
+    def _paths_info(self, commit: str) -> list[dict[str, Any]]:
+        """What ``HfApi.get_paths_info`` asks for, which has no time limit."""
+        response = get_session().post(
+            f"{self._api.endpoint}/api/models/{self._repository}/paths-info/{quote(commit, safe='')}",
+            data={"paths": [self._folder + name for name in (*FILES, PICKLE)], "expand": False},
+            headers=self._headers,
+            timeout=self._timeout_s,
+        )
+        hf_raise_for_status(response)
+        found: list[dict[str, Any]] = response.json()
+        return found
 
     @asynccontextmanager
     async def read(self, file: RemoteFile, start: int) -> AsyncIterator[Stream]:
@@ -101,13 +119,14 @@ class HubRepository:
     async def _ask(self, method: Any, *args: Any, **kwargs: Any) -> Any:
 
         try:
-            return await asyncio.to_thread(method, *args, **kwargs)
+            return await in_thread(partial(method, *args, **kwargs))
         except OfflineModeIsEnabled:
             raise refused(["HF_HUB_OFFLINE=1 forbids to ask the hub; unset that variable"]) from None
         except HfHubHTTPError as error:
             raise self._failure(error) from None
         except (httpx2.HTTPError, OSError) as error:
-            raise Failing(f"the hub at {self._api.endpoint} cannot be asked: {type(error).__name__}") from None
+            told = f"the hub at {redacted(self._api.endpoint)} cannot be asked: {type(error).__name__}"
+            raise Failing(told) from None
         except ValueError:
             raise refused(["the hub takes this for no repository's name, or answers with something else"]) from None
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import importlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -16,6 +17,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from adapter_router.catalog.adapter_files import FILES, PICKLE, WEIGHTS
 from adapter_router.catalog.sources.address import Address
+from adapter_router.catalog.sources.options import options_of
 from adapter_router.catalog.sources.place import Changed, Failing, RemoteFile, Stream, refused
 
 _PART_BYTES = 4 << 20
@@ -29,6 +31,7 @@ _CLASSES = {
 # What fsspec's file systems tell of a file that is another once it is written again.
 _TAGS = ("ETag", "etag", "generation", "VersionId", "md5Hash", "last_modified", "LastModified")
 _STRONG_TAGS = ("ETag", "etag", "generation")
+_S3_TAG = re.compile(r'ETag=("[^"]*")')  # a weak one matches nothing
 _DENIED = (401, 403)
 _MAY_HEAL = (408, 409, 425, 429)
 
@@ -43,7 +46,7 @@ class ObjectStores:
 
     def folder(self, address: Address, secret: Mapping[str, str]) -> ObjectFolder:
         """Blocks, as some look for credentials. Raises AdapterRejected when ``secret`` or a package is missing."""
-        options = _OPTIONS[address.scheme](secret, self._idle_timeout_s)
+        options = options_of(address.scheme, secret, self._idle_timeout_s)
         key = hashlib.sha256(json.dumps([address.scheme, options], sort_keys=True).encode()).hexdigest()
         with self._lock:
             found = self._open.get(key)
@@ -63,6 +66,7 @@ class ObjectFolder:
 
     def __init__(self, file_system: AsyncFileSystem, address: Address, idle_timeout_s: float) -> None:
         self._file_system = file_system
+        self._scheme = address.scheme
         self._prefix = "/".join((address.authority, *address.segments))
         self._idle_timeout_s = idle_timeout_s
 
@@ -82,7 +86,7 @@ class ObjectFolder:
         for begin in range(start, file.size, _PART_BYTES):
             end = min(begin + _PART_BYTES, file.size)
             try:
-                part = await self._ask(self._file_system._cat_file(self._path(file.name), start=begin, end=end))
+                part = await self._ask(self._part(file, begin, end))
             except FileNotFoundError:
                 raise Changed from None
             except Exception as error:
@@ -90,6 +94,12 @@ class ObjectFolder:
             if len(part) != end - begin:
                 raise Failing(f"{file.name}: {len(part)} bytes came for {end - begin}")
             yield part
+
+    def _part(self, file: RemoteFile, begin: int, end: int) -> Coroutine[Any, Any, bytes]:
+        tag = _S3_TAG.match(file.tag)
+        if self._scheme == "s3" and tag is not None:
+            return _s3_part(self._file_system, self._path(file.name), tag.group(1), begin, end)
+        return self._file_system._cat_file(self._path(file.name), start=begin, end=end)  # type: ignore[no-any-return]
 
     async def _look_at(self, name: str) -> RemoteFile | None:
         try:
@@ -112,6 +122,19 @@ class ObjectFolder:
         return f"{self._prefix}/{name}"
 
 
+async def _s3_part(file_system: AsyncFileSystem, path: str, tag: str, begin: int, end: int) -> bytes:
+    """Of the object with this tag only: one that is overwritten and restored by deleting the newer version looks in
+    the end as it did before, and what was read between the two would be mixed with it. s3fs has no word for that."""
+    bucket, key, _ = file_system.split_path(path)
+    wanted = {"Range": f"bytes={begin}-{end - 1}", "IfMatch": tag}
+    answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key, **wanted)
+    try:
+        part: bytes = await answer["Body"].read()
+        return part
+    finally:
+        answer["Body"].close()
+
+
 def _file_system(scheme: str, options: Mapping[str, Any]) -> AsyncFileSystem:
     package, name, extra = _CLASSES[scheme]
     try:
@@ -121,7 +144,7 @@ def _file_system(scheme: str, options: Mapping[str, Any]) -> AsyncFileSystem:
             [f"{scheme}:// needs the package {package}, which is not installed: pip install 'adapter-router[{extra}]'"]
         ) from None
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"{scheme} io", daemon=True).start()
+    threading.Thread(target=_serve, args=(loop,), name=f"{scheme} io", daemon=True).start()
     try:
         opened: AsyncFileSystem = kind(**options, loop=loop, use_listings_cache=False, skip_instance_cache=True)
     except Exception as error:
@@ -130,6 +153,13 @@ def _file_system(scheme: str, options: Mapping[str, Any]) -> AsyncFileSystem:
     if scheme == "s3":
         opened.retries = 1  # it is we who try again, and know when to stop
     return opened
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _stop(file_system: AsyncFileSystem) -> None:
@@ -141,8 +171,8 @@ def _stop(file_system: AsyncFileSystem) -> None:
 def _failure(error: Exception, name: str) -> Exception:
     """What went wrong, without the library's own words, which may have addresses and keys in them."""
     status, code = _status(error)
-    if isinstance(error, Failing | Changed):
-        return error
+    if status == 412:
+        return Changed()
     told = f"{name}: the store says {code or status}" if code or status else f"{name}: {type(error).__name__}"
     if isinstance(error, PermissionError) or status in _DENIED or str(error).startswith("Forbidden"):
         return refused(
@@ -174,59 +204,3 @@ def _status(error: BaseException | None) -> tuple[int | None, str | None]:
                 return int(getattr(error, name)), None
         error = error.__cause__
     return None, None
-
-
-def _s3_options(secret: Mapping[str, str], idle_timeout_s: float) -> dict[str, Any]:
-    values = _values(
-        secret,
-        {
-            "aws_access_key_id": "key",
-            "aws_secret_access_key": "secret",
-            "aws_session_token": "token",
-            "key": "key",
-            "secret": "secret",
-            "token": "token",
-            "endpoint_url": "endpoint_url",
-            "region": "region",
-            "anon": "anon",
-        },
-        "s3://",
-    )
-    region = values.pop("region", None)
-    timeouts = {"connect_timeout": idle_timeout_s, "read_timeout": idle_timeout_s}
-    return {
-        **values,
-        "client_kwargs": {"region_name": region} if region else {},
-        "config_kwargs": {**timeouts, "retries": {"total_max_attempts": 1}},
-    }
-
-
-def _gs_options(secret: Mapping[str, str], _: float) -> dict[str, Any]:
-    values = _values(secret, {"service_account": "token", "endpoint_url": "endpoint_url", "anon": "anon"}, "gs://")
-    if values.pop("anon", False):
-        values["token"] = "anon"
-    elif "token" in values:
-        try:
-            values["token"] = json.loads(values["token"])
-        except ValueError:
-            raise refused(["the secret's service_account is not the JSON of a service account's key"]) from None
-    return {**values, "access": "read_only"}
-
-
-def _az_options(secret: Mapping[str, str], _: float) -> dict[str, Any]:
-    names = ("account_name", "account_key", "sas_token", "connection_string", "tenant_id", "client_id", "client_secret")
-    return _values(secret, {**{name: name for name in names}, "anon": "anon"}, "az://")
-
-
-def _values(secret: Mapping[str, str], known: Mapping[str, str], scheme: str) -> dict[str, Any]:
-    """``secret`` under the names of the library's arguments."""
-    values: dict[str, Any] = {key.lower(): value for key, value in secret.items()}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise refused([f"the secret has {', '.join(map(repr, unknown))}; {scheme} takes {', '.join(known)}"])
-    if "anon" in values:
-        values["anon"] = values["anon"].lower() in ("1", "true", "yes")
-    return {known[key]: value for key, value in values.items()}
-
-
-_OPTIONS = {"s3": _s3_options, "gs": _gs_options, "az": _az_options}

@@ -13,6 +13,7 @@ from types import TracebackType
 from adapter_router.catalog.adapter_files import FILES
 from adapter_router.catalog.holds import take
 from adapter_router.catalog.sources.place import RemoteFile
+from adapter_router.catalog.store_index import bytes_of
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _KEPT_S = 24 * 3600.0
@@ -98,14 +99,22 @@ class PartialFile:
 
 def tidy(homes: Path, budget_bytes: int | None) -> None:
     """Remove downloads that nobody goes on with: those a day old, and the oldest where all are over a quarter."""
-    found = [(home.stat().st_mtime, home) for home in homes.glob("*")]
+    found = [(modified, home) for home in homes.glob("*") if (modified := _modified(home)) is not None]
     room = (budget_bytes or 1 << 62) // 4
     for modified, home in sorted(found, reverse=True):
-        room -= sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+        room -= bytes_of(home / "files")
         if modified < time.time() - _KEPT_S or room < 0:
             taken = take(home)  # whoever is at it has it
             if taken is not None:
                 shutil.rmtree(home, ignore_errors=True)
+
+
+def _modified(home: Path) -> float | None:
+    """When; None where others have finished with it meanwhile."""
+    try:
+        return home.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _boot_id() -> str | None:

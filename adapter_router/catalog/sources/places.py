@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from adapter_router.catalog.sources.address import Address
+from adapter_router.catalog.sources.clients import Clients
 from adapter_router.catalog.sources.hub import HubRepository, cached
 from adapter_router.catalog.sources.objects import ObjectStores
 from adapter_router.catalog.sources.place import Place, refused
 from adapter_router.catalog.sources.policy import Policy
-from adapter_router.catalog.sources.web import Clients, Web
+from adapter_router.catalog.sources.threads import in_thread
+from adapter_router.catalog.sources.web import Web
 from adapter_router.config import SourceConfig
 
 
@@ -45,7 +47,7 @@ class Places:
             async with Web(self._policy, address.url, self._clients, authorization, query) as web:
                 yield web
         else:
-            yield await asyncio.to_thread(self._object_stores.folder, address, secret)
+            yield await in_thread(partial(self._object_stores.folder, address, secret))
 
 
 def _web_credentials(secret: Mapping[str, str]) -> tuple[str | None, str | None]:

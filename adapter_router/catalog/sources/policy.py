@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
@@ -11,7 +12,7 @@ from adapter_router.catalog.location import resolve
 from adapter_router.catalog.sources.address import Address, parse_uri
 from adapter_router.errors import AdapterRejected
 
-_NAT64 = IPv6Network("64:ff9b::/96")
+_WITH_IPV4 = (IPv6Network("64:ff9b::/96"), IPv6Network("::/96"))  # NAT64, and what was before mapped addresses
 LOCAL = ("file", "package")
 
 
@@ -66,7 +67,8 @@ class Policy:
         """Raises AdapterRejected unless ``address``, whose host is at ``ip``, is public or named by a prefix."""
         found = _innermost(ipaddress.ip_address(ip.partition("%")[0]))
         host = (address.scheme, address.authority)
-        if (found.is_global and not found.is_multicast) or any(prefix[:2] == host for prefix in self._prefixes):
+        public = found.is_global and not found.is_multicast and not getattr(found, "is_site_local", False)
+        if public or any(prefix[:2] == host for prefix in self._prefixes):
             return
         raise AdapterRejected.because(
             [
@@ -79,19 +81,19 @@ class Policy:
 def directory(address: Address) -> Path:
     """Where a path or package leads, links followed. Raises ValueError, OSError."""
     if address.scheme == "package":
-        home = Path(resolve(f"package:{address.authority}/")).resolve()
-        path = home.joinpath(*address.segments).resolve()
+        home = Path(os.path.realpath(resolve(f"package:{address.authority}/")))
+        path = Path(os.path.realpath(home.joinpath(*address.segments)))
         if not path.is_relative_to(home):
             raise ValueError(f"{address} leads out of its package")
         return path
-    return Path(address.segments[0]).resolve()
+    return Path(os.path.realpath(address.segments[0]))  # which links in a circle are no error to
 
 
 def _innermost(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """The IPv4 address that an IPv6 one stands for, if it does."""
     if isinstance(ip, IPv4Address):
         return ip
-    if ip in _NAT64:
+    if any(ip in network for network in _WITH_IPV4):
         return IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1] or ip
 

@@ -6,11 +6,9 @@ import asyncio
 import ipaddress
 import re
 import socket
-import ssl
-import threading
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol
 from urllib.parse import urljoin, urlsplit
 
@@ -18,13 +16,15 @@ import httpx2
 
 from adapter_router.catalog.adapter_files import FILES, PICKLE, WEIGHTS
 from adapter_router.catalog.sources.address import Address, parse_redirect
+from adapter_router.catalog.sources.clients import Clients, proxy_of
 from adapter_router.catalog.sources.place import Changed, Failing, RemoteFile, Stream, refused
+from adapter_router.catalog.sources.threads import in_thread
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
 _MAY_HEAL = (408, 425, 429, 500, 502, 503, 504)
 _NO_HEAD = (400, 403, 405, 501)  # signed addresses are often for GET alone
-_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
 class Guard(Protocol):
@@ -33,29 +33,6 @@ class Guard(Protocol):
     def check(self, address: Address) -> object: ...
 
     def check_ip(self, address: Address, ip: str) -> None: ...
-
-
-class Clients:
-    """Makes http clients. Whom they trust is read once, as that takes far longer than all the rest."""
-
-    def __init__(self, idle_timeout_s: float) -> None:
-        self._idle_timeout_s = idle_timeout_s
-        self._lock = threading.Lock()
-        self._trust: ssl.SSLContext | None = None
-
-    def make(self, proxy: str | None) -> httpx2.AsyncClient:
-        """For one event loop. It asks through ``proxy`` or directly, whatever the environment says."""
-        with self._lock:
-            if self._trust is None:
-                self._trust = httpx2.create_ssl_context()
-        return httpx2.AsyncClient(
-            verify=self._trust,
-            trust_env=False,
-            proxy=proxy,
-            timeout=self._idle_timeout_s,
-            headers={"Accept-Encoding": "identity", "User-Agent": "adapter-router"},
-            limits=httpx2.Limits(max_connections=None),
-        )
 
 
 class Web:
@@ -131,7 +108,7 @@ class Web:
         url = self._url(name) + (f"?{self._query}" if self._query else "")
         try:
             for _ in range(_MOST_REDIRECTS + 1):
-                proxy = _proxy(url)
+                proxy = proxy_of(url)
                 address = await self._checked(url, proxy)
                 own = {"Authorization": self._authorization} if self._is_own(url) and self._authorization else {}
                 client = self._client(proxy)
@@ -161,7 +138,7 @@ class Web:
         host, port = urlsplit(url).hostname or "", urlsplit(url).port
         if proxy is None:  # else it is the proxy that knows addresses, and decides
             try:
-                found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                found = await in_thread(partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
             except (OSError, UnicodeError):
                 raise Failing(f"{host} has no address (DNS)") from None
             for *_, where in found:
@@ -199,17 +176,15 @@ def _stream(response: httpx2.Response, name: str, start: int) -> Stream:
     headers = response.headers
     if headers.get("content-encoding", "identity") != "identity":
         raise refused([f"{name}: the server compresses it unasked; have it send the file as it is"])
+    if response.status_code == 206:  # perhaps of less than was asked for; how long the whole is we must know
+        match = _RANGE.fullmatch(headers.get("content-range", ""))
+        if match is None or int(match.group(1)) != start:
+            raise refused([f"{name}: the server sends another part than the one it was asked for"])
+        return Stream(start, int(match.group(2)), _chunks(response, name))
     length = headers.get("content-length", "")
     if not length.isdigit() and "chunked" not in headers.get("transfer-encoding", ""):
         raise refused([f"{name}: the server does not say where the file ends, so a part could pass for the whole"])
-    size = int(length) if length.isdigit() else None
-    if response.status_code != 206:
-        return Stream(0, size, _chunks(response, name))
-    match = _RANGE.fullmatch(headers.get("content-range", ""))
-    if match is None or int(match.group(1)) != start:
-        raise refused([f"{name}: the server sends another part than the one it was asked for"])
-    total = int(match.group(2)) if match.group(2) != "*" else None
-    return Stream(start, total if size is None else start + size, _chunks(response, name))
+    return Stream(0, int(length) if length.isdigit() else None, _chunks(response, name))
 
 
 async def _chunks(response: httpx2.Response, name: str) -> AsyncIterator[bytes]:
@@ -251,10 +226,3 @@ def _told(error: Exception) -> str:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
-
-
-def _proxy(url: str) -> str | None:
-    """The one that the environment wants ``url`` to be asked through."""
-    parts, proxies = urlsplit(url), urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return None if proxy is None or urllib.request.proxy_bypass(parts.hostname or "") else proxy
