@@ -16,9 +16,10 @@ from adapter_router.errors import (
     AdapterUnavailable,
     InvalidRequest,
 )
-from adapter_router.types import AdapterVersion, Source
+from adapter_router.types import AdapterVersion
 
 UNDER_WAY = ("Registered", "Fetching", "Validating")
+Look = tuple[int, Phase]
 Meaning = tuple[tuple[tuple[AdapterVersion, int], ...], Registration | None] | None
 
 
@@ -26,6 +27,7 @@ Meaning = tuple[tuple[tuple[AdapterVersion, int], ...], Registration | None] | N
 class Adapter:
     uid: int
     registration: Registration
+    began: int = 0
     versions: list[VersionRecord] = field(default_factory=list)
     claim: tuple[str, float] | None = None
 
@@ -59,14 +61,15 @@ class Model:
         if name is not None and not replace:
             raise AdapterExists("there")
         fresh = Registration(spec, "Registered", self.now, self.now, managed=managed)
+        self._uids += 1
         if name is None:
-            self._uids += 1
-            self.adapters[spec.name] = Adapter(self._uids, fresh)
+            self.adapters[spec.name] = Adapter(self._uids, fresh, began=self._uids)
             self.names[spec.name] = Name(own=True)
             return
         old = self.adapters[spec.name]
         kept = {"created": old.registration.created, "managed": managed or old.registration.managed}
         old.registration = Registration(spec, "Registered", kept["created"], self.now, managed=kept["managed"])
+        old.began = self._uids
 
     def remove(self, name: str) -> None:
         adapter = self._adapter(name)
@@ -74,11 +77,16 @@ class Model:
             raise InvalidRequest("led to")
         del self.adapters[name], self.names[name]
 
+    def look(self, name: str) -> Look:
+        """What somebody knows who reads the registration now."""
+        adapter = self._adapter(name)
+        return adapter.began, adapter.registration.phase
+
     def set_phase(
-        self, name: str, phase: Phase, error: AdapterRouterError | None, retry_at: float | None, source: Source | None
+        self, name: str, phase: Phase, error: AdapterRouterError | None, retry_at: float | None, of: Look | None
     ) -> None:
         adapter = self._adapter(name)
-        if source is not None and adapter.spec.source != source:
+        if _superseded(adapter, of):
             return
         values: dict[str, object] = {"phase": phase, "retry_at": retry_at, "updated": self.now}
         if phase not in ("Fetching", "Validating"):
@@ -118,14 +126,19 @@ class Model:
 
     # -- versions ------------------------------------------------------------------------------------------------
 
-    def add_version(self, name: str, version: AdapterVersion, activate: bool) -> VersionRecord:
+    def add_version(
+        self, name: str, version: AdapterVersion, activate: bool | None, of: Look | None = None
+    ) -> VersionRecord:
         adapter = self._adapter(name)
+        if _superseded(adapter, of):
+            raise AdapterConflict("news of the past")
         if version.source is not None and version.source != adapter.spec.source:
             raise AdapterConflict("another source")
         reg = adapter.registration
         adapter.registration = Registration(reg.spec, "Ready", reg.created, self.now, managed=reg.managed)
+        before = len(adapter.versions)
         record = self._noted(adapter, version)
-        if activate:
+        if activate or (activate is None and len(adapter.versions) > before):
             self._lead(name, {(adapter.uid, record.number): 1})
         return record
 
@@ -311,7 +324,7 @@ def outcome(meaning: Meaning) -> set[object]:
     assert registration is not None
     if registration.phase == "Retired":
         return {AdapterNotFound}
-    if registration.reason is None or registration.retryable:
+    if registration.phase != "Ready" and (registration.reason is None or registration.retryable):
         return {AdapterUnavailable}
     return {AdapterFailed}
 
@@ -323,3 +336,11 @@ def alias_of(model: Model, name: str, like: Alias) -> Alias:
 
 def _identity(version: AdapterVersion) -> tuple[object, ...]:
     return version.digest, version.base, version.task, version.labels
+
+
+def _superseded(adapter: Adapter, of: Look | None) -> bool:
+    if of is None:
+        return False
+    began, phase = of
+    now = adapter.registration.phase
+    return adapter.began != began or (now != phase and now in ("Ready", "Retired"))

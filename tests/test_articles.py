@@ -167,7 +167,9 @@ def test_article_2_a_merge_and_a_mix_are_the_weighted_sum(tmp_path: Path, capsys
         assert all(isinstance(result, RowResult) for result in results)
         answers = {str(name): [r.logits for r in results[index :: len(names)]] for index, name in enumerate(names)}  # type: ignore[union-attr]
         for name in _MIX:
-            np.testing.assert_allclose(answers[name], [r.logits for r in _infer(engine, texts, name)], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                answers[name], [r.logits for r in _infer(engine, texts, name)], rtol=1e-5, atol=1e-5
+            )
         assert weights_digest(engine.base.model) == before
         mix = next(result for row, result in zip(rows, results, strict=True) if row.adapter is _MIX)
         resident = engine._residency._tiers.lease(mix.version)  # type: ignore[union-attr]

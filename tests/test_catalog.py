@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from adapter_router.errors import (
 )
 from adapter_router.types import AdapterVersion, EmbeddingSettings, Source
 from tests.catalogs import BASE, digest, spec, version
+from tests.postgres import PostgreSQL
 
 
 class Watch:
@@ -167,13 +170,24 @@ def test_a_failure_is_remembered_until_it_is_over(catalog: Catalog) -> None:
     assert anew.reason is None and anew.retry_at is None
 
 
-def test_news_of_a_source_that_was_replaced_is_no_news(catalog: Catalog) -> None:
-    catalog.register(spec("food", "/old"))
-    now = catalog.register(spec("food", "/new"), replace=True)
-    revision = catalog.revision()
-    assert catalog.set_phase("food", "Failed", AdapterRejected("no"), source=Source("/old")) == now
+@pytest.mark.parametrize("how", ["replaced", "removed", "finished"])
+def test_news_of_what_has_been_superseded_is_no_news(catalog: Catalog, how: str) -> None:
+    """Be it that the adapter began anew, from the same source too, or that another router has finished it."""
+    old = catalog.register(spec("food"))
+    if how == "finished":
+        catalog.add_version("food", version("food", 1))
+    else:
+        if how == "removed":
+            catalog.remove("food")
+        catalog.register(spec("food"), replace=True)
+    now, revision = catalog.registration("food"), catalog.revision()
+    assert catalog.set_phase("food", "Failed", AdapterRejected("no"), of=old) == now
+    with pytest.raises(AdapterConflict, match="meanwhile"):
+        catalog.add_version("food", version("food", 2), of=old)
     assert catalog.revision() == revision
-    assert catalog.set_phase("food", "Fetching", source=Source("/new")).phase == "Fetching"
+    catalog.pin("food", True)
+    assert catalog.set_phase("food", "Fetching", of=now).phase == "Fetching", "a flag makes nothing new"
+    assert catalog.add_version("food", version("food", 2), of=now).version.digest == digest(2)
 
 
 def test_a_removed_one_leaves_nothing_and_its_name_begins_anew(catalog: Catalog) -> None:
@@ -250,6 +264,19 @@ def test_the_same_content_is_the_same_version(catalog: Catalog) -> None:
     assert routes["food@v1"].choices == ((first.version, 1),)
     assert f"food@{digest(2)[:19]}" not in routes, "two digests begin so"
     assert [record.number for record in catalog.versions("food")] == [1, 2, 3, 4]
+
+
+def test_what_is_known_already_can_leave_the_name_as_it_is(catalog: Catalog) -> None:
+    catalog.register(spec("food"))
+    for number in (1, 2):
+        catalog.add_version("food", version("food", number), activate=None)
+    assert targets(catalog, "food") == {"food@v2": 1}, "they were new"
+    catalog.rollback("food")
+    catalog.add_version("food", version("food", 2), activate=None)
+    assert targets(catalog, "food") == {"food@v1": 1}
+    catalog.set_alias("food", {"v1": 90, "v2": 10})
+    catalog.add_version("food", version("food", 2), activate=None)
+    assert targets(catalog, "food") == {"food@v1": 90, "food@v2": 10}
 
 
 def test_a_version_follows_its_content_to_another_source(catalog: Catalog) -> None:
@@ -515,6 +542,39 @@ def test_migrations_lead_to_the_tables_that_the_code_knows(catalog: Catalog, cat
         assert compare_metadata(context, metadata) == []
     engine.dispose()
     assert catalog.revision() == 0
+
+
+def test_a_catalog_of_older_code_is_upgraded_with_all_it_holds(
+    catalog_url: str,
+) -> None:
+    catalog = Catalog(catalog_url)
+    catalog.register_version(spec("food"), version("food", 1))
+    catalog.close()
+    engine = create_engine(catalog_url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE adapters DROP COLUMN began"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    catalog = Catalog(catalog_url)
+    read = catalog.registration("food")
+    assert read.began == 0 and targets(catalog, "food") == {"food@v1": 1}
+    assert catalog.set_phase("food", "Fetching", of=read).phase == "Fetching"
+    assert catalog.register(spec("food"), replace=True).began == catalog.revision()
+    catalog.close()
+
+
+def test_a_server_that_is_lost_without_a_word_is_noticed(postgres: PostgreSQL) -> None:
+    """Within half a minute: without these, threads that wait for its answer would do so for hours."""
+    catalog = Catalog(postgres.new_database())
+    with catalog._database.reading() as connection:
+        raw: Any = connection.connection.dbapi_connection
+        with socket.socket(fileno=os.dup(raw.fileno())) as line:
+            assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            idle, interval, count = (line.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+            unanswered = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+    assert idle + interval * count <= 30 and 0 < unanswered <= 30
+    catalog.close()
 
 
 def test_a_catalog_of_ones_own_is_nobody_elses(tmp_path: Path) -> None:

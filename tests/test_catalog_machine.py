@@ -18,12 +18,12 @@ from sqlalchemy import delete, text
 
 from adapter_router.catalog.catalog import Catalog
 from adapter_router.catalog.database import Database
-from adapter_router.catalog.records import PHASES, AdapterSpec
+from adapter_router.catalog.records import PHASES, AdapterSpec, Registration
 from adapter_router.catalog.routes import Routes
 from adapter_router.catalog.tables import metadata
 from adapter_router.errors import AdapterConflict, AdapterRejected, AdapterRouterError, AdapterUnavailable
 from adapter_router.types import AdapterVersion, Source
-from tests.catalog_model import Meaning, Model, alias_of, outcome
+from tests.catalog_model import Look, Meaning, Model, alias_of, outcome
 from tests.postgres import PostgreSQL
 
 NAMES = ("a", "b", "ab")
@@ -85,7 +85,7 @@ class CatalogMachine(RuleBasedStateMachine):
         self.since_followed: list[dict[str, Meaning]] = []
         self.revision = 0
         self.seen: dict[str, Meaning] = dict.fromkeys(ADDRESSES)
-        self.shown: dict[str, Any] = {}
+        self.looked: dict[str, tuple[Registration, Look]] = {}  # what those who work on an adapter have read of it
 
     def teardown(self) -> None:
         self.catalog.close()
@@ -129,16 +129,22 @@ class CatalogMachine(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         self.both(lambda: self.catalog.remove(name), lambda: self.model.remove(name))
 
-    @rule(name=names, phase=st.sampled_from(PHASES), error=failures, wait=st.sampled_from((None, 0, 5)), source=sources)
-    def set_phase(
-        self, name: str, phase: Any, error: AdapterRouterError | None, wait: float | None, source: Source
-    ) -> None:
+    @rule(name=names)
+    def look(self, name: str) -> None:
+        """As somebody does who begins to work on it, and will tell of that later."""
+        if looked := self.both(lambda: self.catalog.registration(name), lambda: self.model.look(name)):
+            self.looked[name] = looked
+
+    @rule(
+        name=names, phase=st.sampled_from(PHASES), error=failures, wait=st.sampled_from((None, 0, 5)), of=st.booleans()
+    )
+    def set_phase(self, name: str, phase: Any, error: AdapterRouterError | None, wait: float | None, of: bool) -> None:
         error = error if phase == "Failed" else None
         retry_at = None if wait is None or error is None else self.model.now + wait
-        for_source = source if wait is None else None
+        read, looked = self.looked.get(name, (None, None)) if of else (None, None)
         self.both(
-            lambda: self.catalog.set_phase(name, phase, error, retry_at, source=for_source),
-            lambda: self.model.set_phase(name, phase, error, retry_at, for_source),
+            lambda: self.catalog.set_phase(name, phase, error, retry_at, of=read),
+            lambda: self.model.set_phase(name, phase, error, retry_at, looked),
         )
 
     @rule(name=names, flag=st.sampled_from(("pinned", "preload")), value=st.booleans())
@@ -171,12 +177,13 @@ class CatalogMachine(RuleBasedStateMachine):
 
     # -- versions and names --------------------------------------------------------------------------------------
 
-    @rule(name=names, version=versions, activate=st.booleans())
-    def add_version(self, name: str, version: AdapterVersion, activate: bool) -> None:
+    @rule(name=names, version=versions, activate=st.sampled_from((True, False, None)), of=st.booleans())
+    def add_version(self, name: str, version: AdapterVersion, activate: bool | None, of: bool = False) -> None:
         version = _of(version, name)
+        read, looked = self.looked.get(name, (None, None)) if of else (None, None)
         results = self.both(
-            lambda: self.catalog.add_version(name, version, activate=activate),
-            lambda: self.model.add_version(name, version, activate=activate),
+            lambda: self.catalog.add_version(name, version, activate=activate, of=read),
+            lambda: self.model.add_version(name, version, activate, looked),
         )
         assert results is None or results[0] == results[1]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,14 +13,24 @@ from typing import Any
 import pytest
 
 from adapter_router.catalog.catalog import Catalog
+from adapter_router.catalog.fetches import Fetches
 from adapter_router.catalog.records import AdapterSpec, Registration
 from adapter_router.catalog.registrar import Registrar
 from adapter_router.catalog.routes import Routes
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import SourceConfig
-from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRejected, AdapterUnavailable, ReplicaLost
+from adapter_router.errors import (
+    AdapterConflict,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    CatalogUnavailable,
+    ReplicaLost,
+)
 from adapter_router.types import AdapterVersion, LoadReport, Source
+from tests.catalogs import version
 from tests.serving import wait_for
 from tests.tiny import TinyBase
 
@@ -27,6 +39,24 @@ BASE = "sha256:base"
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+class Gate(Fetcher):
+    """Fetches when it is let."""
+
+    def __init__(self, store: ContentStore) -> None:
+        super().__init__(SourceConfig(), store)
+        self.begun: list[str] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.error: Exception | None = None
+
+    def fetch(self, source: Source, progress: Any = None) -> StoredAdapter:
+        self.begun.append(source.uri)
+        assert self.open.wait(60)
+        if self.error is not None:
+            raise self.error
+        return super().fetch(source, progress)
 
 
 class World:
@@ -38,9 +68,9 @@ class World:
         self.routes = Routes(self.catalog)
         self.judge: Callable[[AdapterSpec], Coroutine[Any, Any, None]] = self._accept
         self.checked: list[tuple[str, bool]] = []
-        self.registrar = Registrar(
-            self.catalog, Fetcher(SourceConfig(), self.store), self.store, self._check, self._changed
-        )
+        self.blind = False  # what changes cannot be followed
+        self.gate = Gate(self.store)
+        self.registrar = Registrar(self.catalog, self.gate, self.store, self._check, self._changed)
 
     async def _accept(self, spec: AdapterSpec) -> None:
         pass
@@ -48,8 +78,9 @@ class World:
     async def _check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
         self.checked.append((spec.name, resident))
         await self.judge(spec)
+        labels = spec.labels or ("x", "y")
         version = AdapterVersion(
-            spec.name, stored.digest, stored.directory, "text-classification", ("x", "y"), "softmax", base=BASE
+            spec.name, stored.digest, stored.directory, "text-classification", labels, "softmax", base=BASE
         )
         return LoadReport(version, 1, ("m",), (8,), 1, {"m": 1.0}, ())
 
@@ -59,7 +90,23 @@ class World:
         return self.catalog.registration(name)
 
     async def _changed(self) -> None:
+        if self.blind:
+            raise CatalogUnavailable("not just now")
         await asyncio.to_thread(self.routes.follow)
+
+
+class Pause:
+    """A judge that waits for a word, and then says what it was told to."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(self, _: AdapterSpec) -> None:
+        self.begun.set()
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
 
 
 @pytest.fixture
@@ -297,5 +344,260 @@ def test_one_replaced_while_it_is_fetched_becomes_the_newer(
             (meant,) = one.catalog.alias("a").targets
             records = {record.number: record.version for record in one.catalog.versions("a")}
             assert records[meant.number].source == Source(str(other))
+
+    run(scenario())
+
+
+def test_one_registered_again_while_it_is_checked_is_fetched_and_checked_again(
+    tmp_path: Path, url: str, directory: Path, tiny_bert: TinyBase
+) -> None:
+    """From the same place: what was written over there, and what is said of it otherwise, is what is served."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.judge = pause = Pause()
+            await one.registrar.register(spec(directory))
+            await pause.begun.wait()
+            tiny_bert.adapter(directory, 2, 99)
+            await one.registrar.register(spec(directory), replace=True)
+            pause.go.set()
+            assert (await one.registrar.ready("a", 20)).phase == "Ready"
+            (record,) = one.catalog.versions("a")
+            stored = await one.registrar.read(one.store.admit, directory)
+            assert record.version.digest == stored.digest and len(one.checked) == 2
+
+    run(scenario())
+
+
+def test_what_was_checked_for_other_labels_is_not_served(tmp_path: Path, url: str, directory: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, url, start=False) as one:
+            await one.registrar.load(spec(directory))
+            one.judge = pause = Pause()
+            refreshed = asyncio.create_task(one.registrar.refresh("a"))
+            await pause.begun.wait()
+            one.catalog.register(spec(directory, labels=("n", "m")), replace=True)
+            pause.go.set()
+            with pytest.raises(AdapterConflict, match="registered anew"):
+                await refreshed
+            assert one.catalog.registration("a").phase == "Registered", "that is still to be checked"
+            assert (await one.registrar.ready("a", 20)).phase == "Ready"
+            route = one.catalog.routes(["a"])["a"]
+            assert [version.labels for version, _ in route.choices] == [("n", "m")]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("error", [None, AdapterUnavailable("later"), AdapterRejected("no")])
+def test_who_comes_too_late_changes_nothing(tmp_path: Path, url: str, directory: Path, error: Exception | None) -> None:
+    """A router was stopped for longer than its claim lasts, and another has finished its work."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.judge = pause = Pause()
+            await one.registrar.register(spec(directory))
+            await pause.begun.wait()
+            newer = one.catalog.add_version("a", version("a", 7, source=Source(str(directory))))
+            pause.error = error
+            pause.go.set()
+            await asyncio.to_thread(wait_for, lambda: not one.registrar._in_hand)
+            now = one.catalog.registration("a")
+            assert (now.phase, now.reason, now.attempts) == ("Ready", None, 0)
+            assert one.catalog.versions("a") == [newer]
+            assert one.catalog.routes(["a"])["a"].choices == ((newer.version, 1),)
+
+    run(scenario())
+
+
+def test_a_source_that_is_dead_for_weeks_is_still_tried_in_bearable_intervals(
+    tmp_path: Path, url: str, directory: Path
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.judge = pause = Pause()
+            pause.error = dead = AdapterUnavailable("dead")
+            pause.go.set()
+            one.catalog.register(spec(directory))
+            one.catalog.set_phase("a", "Failed", dead, retry_at=time.time(), attempts=5000)
+            await asyncio.to_thread(wait_for, lambda: one.catalog.registration("a").attempts == 5001)
+            failed = one.catalog.registration("a")
+            assert failed.phase == "Failed" and failed.retry_at is not None
+            assert 400 < failed.retry_at - time.time() < 800
+
+    run(scenario())
+
+
+def test_a_claim_is_kept_through_an_outage_of_the_database(
+    tmp_path: Path, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapter_router.catalog.registrar._CLAIM_S", 0.3)
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.judge = pause = Pause()
+            claims = 0
+            real = one.catalog.claim
+
+            def claim(name: str, owner: str, seconds: float) -> bool:
+                nonlocal claims
+                claims += 1
+                if claims == 2:
+                    raise CatalogUnavailable("not just now")
+                return real(name, owner, seconds)
+
+            one.catalog.claim = claim  # type: ignore[method-assign]
+            await one.registrar.register(spec(directory))
+            await pause.begun.wait()
+            await asyncio.to_thread(wait_for, lambda: claims >= 5)
+            pause.go.set()
+            assert (await one.registrar.ready("a", 20)).phase == "Ready"
+
+    run(scenario())
+
+
+def test_what_is_written_is_written_even_if_nobody_can_look(tmp_path: Path, url: str, directory: Path) -> None:
+    """The copy stays, too: the version needs it."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.blind = True
+            report = await one.registrar.load(spec(directory))
+            assert one.catalog.registration("a").phase == "Ready"
+            assert one.store.find(report.version.digest) is not None
+
+    run(scenario())
+
+
+def test_a_copy_stays_when_the_catalog_does_not_say_whether_it_has_taken_it(
+    tmp_path: Path, url: str, directory: Path
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            real = one.catalog.register_version
+
+            def register_version(*args: Any, **kwargs: Any) -> Any:
+                real(*args, **kwargs)
+                raise CatalogUnavailable("the connection is gone, the change is not")
+
+            one.catalog.register_version = register_version  # type: ignore[method-assign]
+            with pytest.raises(CatalogUnavailable):
+                await one.registrar.load(spec(directory))
+            (record,) = one.catalog.versions("a")
+            assert one.store.find(record.version.digest) is not None
+
+    run(scenario())
+
+
+def test_a_fetch_that_nobody_waits_for_keeps_its_turn_and_leaves_no_copy(
+    tmp_path: Path, url: str, directory: Path
+) -> None:
+    """A client goes away; the thread cannot be stopped, and so is one of those that its place may have."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            one.gate.open.clear()
+            load = asyncio.create_task(one.registrar.load(spec(directory)))
+            await asyncio.to_thread(wait_for, lambda: one.gate.begun == [str(directory)])
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+            (turn,) = one.registrar._fetches._turns.values()
+            assert turn._value == 7
+            one.gate.open.set()
+            await asyncio.to_thread(wait_for, lambda: turn._value == 8)
+            await asyncio.to_thread(wait_for, lambda: not list((tmp_path / "store").glob("sha256-*")))
+
+    run(scenario())
+
+
+def test_a_place_that_hangs_leaves_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is one place, whosever repository it is."""
+    monkeypatch.setattr("adapter_router.catalog.fetches._OF_A_PLACE", 2)
+
+    async def scenario() -> None:
+        store = ContentStore(tmp_path / "store")
+        gate = Gate(store)
+        gate.open.clear()
+        fetches = Fetches(gate, store)
+
+        async def fetch(uri: str) -> None:
+            async with fetches.copy(Source(uri)):
+                pass
+
+        asked = ["hf://a/x", "hf://b/x", "hf://c/x", "s3://a/x", "s3://b/x", "https://h/x", str(tmp_path)]
+        tasks = [asyncio.create_task(fetch(uri)) for uri in asked]
+        await asyncio.to_thread(wait_for, lambda: len(gate.begun) == 6)
+        assert set(gate.begun) == set(asked) - {"hf://c/x"}
+        gate.error = AdapterUnavailable("it hung")
+        gate.open.set()
+        assert await asyncio.gather(*tasks, return_exceptions=True) == [gate.error] * len(asked)
+        fetches.close()
+
+    run(scenario())
+
+
+def test_what_somebody_waits_for_is_begun_however_much_hangs(
+    tmp_path: Path, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapter_router.catalog.registrar._UNASKED", 3)
+
+    async def scenario() -> None:
+        async with world(tmp_path, url) as one:
+            pause = Pause()
+
+            async def judge(wanted: AdapterSpec) -> None:
+                if wanted.name.startswith("slow"):
+                    await pause(wanted)
+
+            one.judge = judge
+            for number in range(5):
+                await one.registrar.register(spec(directory, f"slow-{number}"))
+            await pause.begun.wait()
+            await one.registrar.register(spec(directory, "quick"))
+            assert len(one.registrar._in_hand) == 3
+            assert (await one.registrar.ready("quick", 20)).phase == "Ready"
+            pause.go.set()
+            for number in range(5):
+                await one.phase(f"slow-{number}", "Ready")
+
+    run(scenario())
+
+
+def test_who_only_reads_waits_for_no_writer(tmp_path: Path, url: str) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, url, start=False) as one:
+            release = threading.Event()
+            writers = [asyncio.create_task(one.registrar.write(release.wait, 60)) for _ in range(20)]
+            await asyncio.sleep(0)
+            try:
+                assert await asyncio.wait_for(one.registrar.read(one.catalog.revision), 20) == 0
+            finally:
+                release.set()
+            assert await asyncio.gather(*writers) == [True] * 20
+
+    run(scenario())
+
+
+def test_an_address_that_cannot_be_read_is_refused_as_such(tmp_path: Path, url: str) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, url, start=False) as one:
+            with pytest.raises(AdapterRejected, match="names no host"):
+                await one.registrar.load(AdapterSpec("a", Source("https://[abc")))
+
+    run(scenario())
+
+
+def test_looking_again_undoes_no_rollback(tmp_path: Path, url: str, directory: Path, tiny_bert: TinyBase) -> None:
+    """A router that starts looks at declared sources again; what was known is what the name has been led away from."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, url, start=False) as one:
+            await one.registrar.load(spec(directory))
+            tiny_bert.adapter(directory, 2, 99)
+            assert (await one.registrar.refresh("a", activate=None)).number == 2
+            assert [t.number for t in one.catalog.alias("a").targets] == [2], "it was new"
+            one.catalog.rollback("a")
+            assert (await one.registrar.refresh("a", activate=None)).number == 2
+            assert [t.number for t in one.catalog.alias("a").targets] == [1]
 
     run(scenario())

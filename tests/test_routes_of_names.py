@@ -155,6 +155,31 @@ def test_a_database_restored_to_an_earlier_state_is_believed(catalog: Catalog, r
     assert meant(routes.find("food")) == "v1"
 
 
+def test_a_database_restored_while_it_is_followed_is_believed_by_the_next_call(
+    catalog: Interrupted, routes: Routes, tmp_path: Path
+) -> None:
+    """What has been read then is of an earlier revision than the changes were: it never gets to theirs."""
+    backup = tmp_path / "backup.db"
+    with sqlite3.connect(tmp_path / "catalog.db") as live, sqlite3.connect(backup) as copy:
+        live.backup(copy)
+    routes.fetch(["food"])
+    catalog.set_alias("food", {"v1": 1})
+    real = catalog.changes
+
+    def changes(*args: Any) -> Any:
+        found = real(*args)
+        with sqlite3.connect(backup) as copy, sqlite3.connect(tmp_path / "catalog.db") as live:
+            copy.backup(live)
+        return found
+
+    catalog.changes = changes  # type: ignore[method-assign]
+    routes.follow()
+    catalog.changes = real  # type: ignore[method-assign]
+    catalog.set_alias("food", {"v1": 3, "v2": 1})
+    routes.follow()
+    assert {meant(routes.find("food", None, str(key))) for key in range(100)} == {"v1", "v2"}
+
+
 # -- never of the past -------------------------------------------------------------------------------------------
 
 
@@ -253,6 +278,8 @@ def test_an_adapter_without_a_version(
     reason_known = error is not None and phase in ("Failed", "Fetching", "Validating")
     if phase == "Retired":
         assert isinstance(found, AdapterNotFound) and "retired" in str(found)
+    elif phase == "Ready":
+        assert isinstance(found, AdapterFailed) and "means none" in str(found), "to try again would not help"
     elif reason_known and error is not None:
         assert isinstance(found, AdapterUnavailable if error.retryable else AdapterFailed)
         assert str(error) in str(found) and found.problems == error.problems

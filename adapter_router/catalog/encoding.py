@@ -68,6 +68,7 @@ def registration_of(row: Row[Any]) -> Registration:
         retryable=failure.get("retryable", False),
         retry_at=row.retry_at,
         managed=bool(row.managed),
+        began=row.began,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from adapter_router.types import AdapterVersion, Source, TaskKind
@@ -36,6 +36,7 @@ class Registration:
 
     ``reason`` and ``problems``: why it is Failed, or failed before the attempt that is under way; ``code`` and
     ``retryable`` of that error; ``retry_at``: when it is tried again by itself. ``managed``: a manifest declares it.
+    ``began``: the revision that registered it, or registered it anew.
     """
 
     spec: AdapterSpec
@@ -49,6 +50,7 @@ class Registration:
     retryable: bool = False
     retry_at: float | None = None
     managed: bool = False
+    began: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ import logging
 import random
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from adapter_router.catalog.catalog import Catalog
+from adapter_router.catalog.desk import Desk
+from adapter_router.catalog.fetches import Fetches
 from adapter_router.catalog.records import AdapterSpec, Registration, VersionRecord
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
@@ -35,21 +33,19 @@ from adapter_router.types import LoadReport, Source
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
-
 _CLAIM_S = 30.0
 _LOOK_S = 1.0  # how soon work that another router left behind is noticed
-_FETCHES = 64
-_FETCHES_PER_HOST = 8  # one host that hangs must not hold every thread
-_AT_ONCE = 256  # registrations in hand; those that wait for their host's turn among them
+_UNASKED = 256  # registrations in hand that nobody waits for; those that wait for their place's turn among them
+_AT_ONCE = 1024  # with those that somebody waits for: places that hang must not keep them from being begun
 _FIRST_RETRY_S = 5.0
 _LAST_RETRY_S = 600.0
+_MOST_DOUBLINGS = 16  # floats end, attempts do not
 
 Check = Callable[[AdapterSpec, StoredAdapter, bool], Awaitable[LoadReport]]
 """Validates a stored adapter on its base; the last argument: and make it resident. Raises AdapterRouterError."""
 
 
-class Registrar:
+class Registrar(Desk):
     """The work between "registered" and "ready". Lives on one event loop."""
 
     def __init__(
@@ -61,20 +57,16 @@ class Registrar:
         changed: Callable[[], Awaitable[None]],
         became_ready: Callable[[Registration], Awaitable[None]] | None = None,
     ) -> None:
-        """``changed`` is awaited after every write, so that this process sees what it wrote at once.
+        """``became_ready``: of a registration that was worked on here, before anybody who waits for it goes on.
 
-        ``became_ready``: of a registration that was worked on here, before anybody who waits for it goes on.
+        ``changed`` as in ``Desk``.
         """
+        super().__init__(changed)
         self._catalog = catalog
-        self._fetcher = fetcher
-        self._store = store
+        self._fetches = Fetches(fetcher, store)
         self._check = check
-        self._changed = changed
         self._became_ready = became_ready
         self._owner = uuid.uuid4().hex
-        self._database = ThreadPoolExecutor(4, thread_name_prefix="catalog")
-        self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch")
-        self._hosts: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_FETCHES_PER_HOST))
         self._in_hand: dict[str, asyncio.Task[Registration]] = {}
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -89,8 +81,8 @@ class Registrar:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._fetching.shutdown(wait=False, cancel_futures=True)
-        self._database.shutdown(wait=False, cancel_futures=True)
+        self._fetches.close()
+        await super().close()
 
     # -- registrations -------------------------------------------------------------------------------------------
 
@@ -110,32 +102,23 @@ class Registrar:
         Raises AdapterExists unless ``replace``, or why the adapter cannot be served.
         """
         await self.read(self._catalog.check_name, spec.name, replace=replace)
-        stored = await self._fetch(spec.source)
-        kept = False
-        try:
+        async with self._fetches.copy(spec.source) as stored:
             report = _sourced(await self._check(spec, stored, True), spec.source)
             await self.write(self._catalog.register_version, spec, report.version, replace=replace)
-            kept = True
-        finally:
-            self._store.settle(stored, keep=kept)
         return report
 
-    async def refresh(self, name: str, *, activate: bool = True) -> VersionRecord:
+    async def refresh(self, name: str, *, activate: bool | None = True) -> VersionRecord:
         """Look at an adapter's source again; what lies there now is its version from now on if ``activate``.
 
-        The same content is the same version. Raises why it cannot be had or served; then nothing changes.
+        The same content is the same version; None activates only what is new, so that a name keeps the meaning that
+        somebody has given it. Raises why it cannot be had or served; then nothing changes.
         """
         registration = await self.read(self._catalog.registration, name)
         spec = registration.spec
-        stored = await self._fetch(spec.source)
-        kept = False
-        try:
+        async with self._fetches.copy(spec.source) as stored:
             report = _sourced(await self._check(spec, stored, False), spec.source)
-            record = await self.write(self._catalog.add_version, name, report.version, activate=activate)
-            kept = True
-        finally:
-            self._store.settle(stored, keep=kept)
-        return record
+            more = {"activate": activate, "of": registration}
+            return await self.write(self._catalog.add_version, name, report.version, **more)
 
     async def ready(self, name: str, timeout_s: float | None = None) -> Registration:
         """The registration of ``name`` once nothing more will happen to it by itself: Ready, Failed or Retired.
@@ -148,7 +131,7 @@ class Registrar:
                     registration = await self.read(self._catalog.registration, name)
                     if registration.phase in ("Ready", "Failed", "Retired"):
                         return registration
-                    task = self._take_in_hand(name)
+                    task = self._take_in_hand(name, _AT_ONCE)
                     await (asyncio.shield(task) if task else asyncio.sleep(_LOOK_S))
         except TimeoutError as error:
             raise AdapterUnavailable(f"adapter {name!r} is still being fetched or checked; try again later") from error
@@ -164,24 +147,12 @@ class Registrar:
         self._take_in_hand(name)
         return registration
 
-    # -- the catalog from an event loop ----------------------------------------------------------------------------
-
-    async def read(self, method: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
-        """Call one of the catalog's methods in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._database, lambda: method(*args, **kwargs))
-
-    async def write(self, method: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
-        """``read``, and let this process know what changed."""
-        result = await self.read(method, *args, **kwargs)
-        await self._changed()
-        return result
-
     # -- the work ------------------------------------------------------------------------------------------------
 
     async def _work_on_unfinished(self) -> None:
         while True:
             try:
-                room = _AT_ONCE - len(self._in_hand)
+                room = _UNASKED - len(self._in_hand)
                 for name in await self.read(self._catalog.unfinished, room) if room > 0 else ():
                     self._take_in_hand(name)
             except Exception:
@@ -193,10 +164,10 @@ class Registrar:
             except TimeoutError:
                 continue
 
-    def _take_in_hand(self, name: str) -> asyncio.Task[Registration] | None:
-        """The work on ``name``, begun now if nobody here has; None when all hands are full."""
+    def _take_in_hand(self, name: str, most: int | None = None) -> asyncio.Task[Registration] | None:
+        """The work on ``name``, begun now if nobody here has; None when ``most`` are in hand, by default _UNASKED."""
         if name not in self._in_hand:
-            if len(self._in_hand) >= _AT_ONCE:
+            if len(self._in_hand) >= (_UNASKED if most is None else most):
                 return None
             # In an empty context: Ray would otherwise tie the work to the request that happened to begin it.
             task = asyncio.get_running_loop().create_task(self._finish(name), context=contextvars.Context())
@@ -206,14 +177,14 @@ class Registrar:
 
     def _put_down(self, name: str, task: asyncio.Task[Registration]) -> None:
         del self._in_hand[name]
-        if len(self._in_hand) == _AT_ONCE - 1:
+        if len(self._in_hand) == _UNASKED - 1:
             self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("registration %s cannot be worked on: %s", name, error)
 
     async def _finish(self, name: str) -> Registration:
         """Fetch and check ``name`` and note how it went, unless another router is at it."""
-        while not await self.read(self._catalog.claim, name, self._owner, _CLAIM_S):
+        while not await self.note(self._catalog.claim, name, self._owner, _CLAIM_S):
             registration = await self.read(self._catalog.registration, name)
             if registration.phase in ("Ready", "Failed", "Retired"):
                 return registration
@@ -223,29 +194,35 @@ class Registrar:
             return await self._advance(name)
         finally:
             renewal.cancel()
-            await self.read(self._catalog.release, name, self._owner)
+            await self._give_claim_back(name)
 
     async def _keep_claim(self, name: str) -> None:
         while True:
             await asyncio.sleep(_CLAIM_S / 3)
-            await self.read(self._catalog.claim, name, self._owner, _CLAIM_S)
+            try:
+                await self.note(self._catalog.claim, name, self._owner, _CLAIM_S)
+            except CatalogUnavailable as error:  # until it lapses there is time to try again
+                logger.warning("the claim on %s cannot be prolonged: %s", name, error)
+
+    async def _give_claim_back(self, name: str) -> None:
+        try:
+            await self.note(self._catalog.release, name, self._owner)
+        except CatalogUnavailable as error:
+            logger.warning("the claim on %s lapses by itself: %s", name, error)
 
     async def _advance(self, name: str) -> Registration:
         registration = await self.read(self._catalog.registration, name)
         if registration.phase in ("Ready", "Retired"):
             return registration  # whoever had the claim before us has done it
         spec = registration.spec
-        stored: StoredAdapter | None = None
-        kept = False
         try:
-            await self.write(self._catalog.set_phase, name, "Fetching", source=spec.source)
-            stored = await self._fetch(spec.source)
-            await self.write(self._catalog.set_phase, name, "Validating", source=spec.source)
-            report = _sourced(await self._check(spec, stored, False), spec.source)
-            await self.write(self._catalog.add_version, name, report.version)
-            kept = True
+            await self.write(self._catalog.set_phase, name, "Fetching", of=registration)
+            async with self._fetches.copy(spec.source) as stored:
+                await self.write(self._catalog.set_phase, name, "Validating", of=registration)
+                report = _sourced(await self._check(spec, stored, False), spec.source)
+                await self.write(self._catalog.add_version, name, report.version, of=registration)
         except (AdapterConflict, AdapterNotFound):
-            logger.info("registration %s was replaced or removed meanwhile", name)
+            logger.info("registration %s was replaced, removed or finished by another meanwhile", name)
         except CatalogUnavailable:
             raise  # whoever finds it unfinished takes it up
         except AdapterRouterError as error:
@@ -253,24 +230,23 @@ class Registrar:
         except Exception as error:
             logger.exception("registering %s failed", name)
             await self._fail(registration, InternalError(f"it failed for a fault of ours: {type(error).__name__}"))
-        finally:
-            if stored is not None:
-                self._store.settle(stored, keep=kept)
-        if kept and self._became_ready is not None:
-            await self._became_ready(registration)
+        else:
+            if self._became_ready is not None:
+                await self._became_ready(registration)
         return await self.read(self._catalog.registration, name)
 
     async def _fail(self, registration: Registration, error: AdapterRouterError) -> None:
         name, attempts = registration.spec.name, registration.attempts + 1
-        pause = min(_FIRST_RETRY_S * 2 ** (attempts - 1), _LAST_RETRY_S) * random.uniform(0.8, 1.2)
-        retry_at = time.time() + pause if error.retryable else None
+        retry_at = time.time() + _pause(attempts) if error.retryable else None
         logger.warning("adapter %s cannot be served: %s", name, error)
-        more = {"error": error, "retry_at": retry_at, "attempts": attempts, "source": registration.spec.source}
+        more = {"error": error, "retry_at": retry_at, "attempts": attempts, "of": registration}
         await self.write(self._catalog.set_phase, name, "Failed", **more)
 
-    async def _fetch(self, source: Source) -> StoredAdapter:
-        async with self._hosts[urlsplit(source.uri).netloc]:
-            return await asyncio.get_running_loop().run_in_executor(self._fetching, self._fetcher.fetch, source)
+
+def _pause(attempts: int) -> float:
+    """Seconds until what has failed so often is tried again."""
+    doubled: float = _FIRST_RETRY_S * 2 ** min(attempts - 1, _MOST_DOUBLINGS)
+    return min(doubled, _LAST_RETRY_S) * random.uniform(0.8, 1.2)
 
 
 def _sourced(report: LoadReport, source: Source) -> LoadReport:

@@ -15,7 +15,7 @@ from adapter_router.catalog.records import AdapterSpec, Phase, Registration
 from adapter_router.catalog.tables import adapters, aliases, clock, history, targets, versions
 from adapter_router.catalog.totals import counted
 from adapter_router.errors import AdapterConflict, AdapterExists, AdapterRouterError, InvalidRequest
-from adapter_router.types import AdapterVersion, Source
+from adapter_router.types import AdapterVersion
 
 _UNDER_WAY = ("Registered", "Fetching", "Validating")
 
@@ -83,17 +83,17 @@ class Registrations(Part):
         retry_at: float | None = None,
         attempts: int | None = None,
         *,
-        source: Source | None = None,
+        of: Registration | None = None,
     ) -> Registration:
         """Note how far an adapter has come; ``error``, ``retry_at`` (seconds since the epoch): why it is Failed.
 
         ``attempts``: how many there were, if that has changed. The last failure is remembered until the adapter is
-        Ready or begins anew. ``source``: what this is news of; nothing is noted when the adapter's is another by now.
+        Ready or begins anew. ``of``: what this is news of; nothing is noted when that has been superseded.
         Raises AdapterNotFound.
         """
         with self._database.writing() as writing:
             row = existing(writing.connection, name)
-            if source is not None and registration_of(row).spec.source != source:
+            if is_superseded(row, of):
                 return registration_of(row)
             changes: dict[str, Any] = {"phase": phase, "retry_at": retry_at}
             if phase not in ("Fetching", "Validating"):
@@ -133,7 +133,8 @@ def enter(writing: Writing, spec: AdapterSpec, *, replace: bool, managed: bool =
     flags = {"pinned": spec.pinned, "preload": spec.preload, "lazy": spec.lazy}
     detail = {"uri": spec.source.uri, "revision": spec.source.revision, **flags}
     if found is not None:
-        anew = {"phase": "Registered", "attempts": 0, "failure": None, "retry_at": None}
+        # The revision that ``amend`` will record.
+        anew = {"phase": "Registered", "attempts": 0, "failure": None, "retry_at": None, "began": writing.revision + 1}
         managed = managed or bool(found.managed)
         return amend(writing, found, "replaced", detail, spec=spec_text(spec), managed=managed, **flags, **anew)
     revision = writing.record(spec.name, "registered", detail)
@@ -151,6 +152,7 @@ def enter(writing: Writing, spec: AdapterSpec, *, replace: bool, managed: bool =
         "due": None if spec.lazy else writing.now,
         "attempts": 0,
         "newest": 0,
+        "began": revision,
     }
     writing.connection.execute(insert(adapters).values(values))
     own = {"name": spec.name, "adapter_id": revision, "revision": revision, "updated": writing.now}
@@ -224,8 +226,17 @@ def due(adapter: dict[str, Any], now: float) -> float | None:
     return start if start is None or claimed is None else max(start, claimed)
 
 
-def check_source(row: Row[Any], version: AdapterVersion) -> None:
-    """Raise AdapterConflict when ``version`` comes from where the adapter's files do not come from any more."""
+def is_superseded(row: Row[Any], of: Registration | None) -> bool:
+    """Whether the adapter has begun anew since it was read as ``of``, or somebody else has finished it meanwhile."""
+    if of is None:
+        return False
+    return bool(row.began != of.began) or (row.phase != of.phase and row.phase in ("Ready", "Retired"))
+
+
+def check_current(row: Row[Any], version: AdapterVersion, of: Registration | None) -> None:
+    """Raise AdapterConflict when ``version`` is not what is wanted of the adapter any more."""
+    if is_superseded(row, of):
+        raise AdapterConflict(f"adapter {row.name!r} was registered anew, or became ready, meanwhile", "name")
     if version.source is not None and version.source != registration_of(row).spec.source:
         raise AdapterConflict(f"adapter {row.name!r} has another source by now; this version is not from there", "name")
 

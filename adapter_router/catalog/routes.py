@@ -135,6 +135,8 @@ class Routes:
                     self._revision = revision
                     return
             read_at, found = self._catalog.routes_at(stale)
+            if read_at < revision:
+                return  # the database has been restored to an earlier state just now: the next call finds that out
             with self._lock:
                 for name, route in found.items():
                     if name in self._known:
@@ -171,6 +173,8 @@ def _why_nothing_answers(registration: Registration) -> AdapterRouterError:
     name, reason = registration.spec.name, registration.reason
     if registration.phase == "Retired":
         return AdapterNotFound(f"adapter {name!r} was retired", "model")
+    if registration.phase == "Ready":
+        return AdapterFailed(f"adapter {name!r} has a version, but its name means none; let it mean one", "model")
     if reason is None:
         return AdapterUnavailable(f"adapter {name!r} is being fetched and checked; try again", "model")
     kind = AdapterUnavailable if registration.retryable else AdapterFailed

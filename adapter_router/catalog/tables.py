@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeEngine
 
 from adapter_router.types import is_unicode
 
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = MetaData(
     naming_convention={
@@ -87,6 +87,7 @@ adapters = Table(
     Column("due", Double, index=True),  # when somebody should work on it
     Column("wanted", Boolean, nullable=False),  # on every replica: pinned or preload
     Column("newest", Integer, nullable=False),  # number of its newest version
+    Column("began", _Id, nullable=False, server_default="0"),  # revision that registered it, or did so anew
     Index(None, "phase", "name"),
     Index(None, "wanted", "name"),
     Index(None, "managed", "name"),

@@ -10,8 +10,8 @@ from adapter_router.catalog.aliases import lead
 from adapter_router.catalog.database import Writing
 from adapter_router.catalog.encoding import identity, version_of, version_text
 from adapter_router.catalog.part import Part
-from adapter_router.catalog.records import AdapterSpec, VersionRecord
-from adapter_router.catalog.registrations import amend, check_source, enter, existing
+from adapter_router.catalog.records import AdapterSpec, Registration, VersionRecord
+from adapter_router.catalog.registrations import amend, check_current, enter, existing
 from adapter_router.catalog.tables import targets, versions
 from adapter_router.catalog.totals import counted
 from adapter_router.errors import AdapterNotFound, InvalidRequest
@@ -21,19 +21,26 @@ from adapter_router.types import AdapterVersion
 class Versions(Part):
     """The catalog's methods about versions."""
 
-    def add_version(self, name: str, version: AdapterVersion, *, activate: bool = True) -> VersionRecord:
+    def add_version(
+        self, name: str, version: AdapterVersion, *, activate: bool | None = True, of: Registration | None = None
+    ) -> VersionRecord:
         """Note a version that can be served: the adapter is Ready. Its name means this one alone if ``activate``.
 
         The same content for the same base, with the same task and labels, is the same version; one that was retired is
-        back. Raises AdapterNotFound; AdapterConflict when the adapter's source is not ``version.source`` any more.
+        back. ``activate`` None: if it was not known before. Raises AdapterNotFound; AdapterConflict when the adapter's
+        source is not ``version.source`` any more, or ``of``, what the version was found for, has been superseded.
         """
         with self._database.writing() as writing:
-            return _add(writing, existing(writing.connection, name), version, activate)
+            row = existing(writing.connection, name)
+            check_current(row, version, of)
+            return _add(writing, row, version, activate)
 
     def register_version(self, spec: AdapterSpec, version: AdapterVersion, *, replace: bool = False) -> VersionRecord:
         """Register an adapter with a version that can be served, as one change. Raises what ``register`` does."""
         with self._database.writing() as writing:
-            return _add(writing, enter(writing, spec, replace=replace), version, True)
+            row = enter(writing, spec, replace=replace)
+            check_current(row, version, None)
+            return _add(writing, row, version, True)
 
     def versions(self, name: str) -> list[VersionRecord]:
         """All versions of an adapter, oldest first, retired ones too. Raises AdapterNotFound."""
@@ -70,8 +77,7 @@ class Versions(Part):
             return connection.execute(query).one_or_none() is not None
 
 
-def _add(writing: Writing, row: Row[Any], version: AdapterVersion, activate: bool) -> VersionRecord:
-    check_source(row, version)
+def _add(writing: Writing, row: Row[Any], version: AdapterVersion, activate: bool | None) -> VersionRecord:
     connection = writing.connection
     same = versions.c.identity == identity(version)
     known = connection.execute(select(versions).where(versions.c.adapter_id == row.id, same)).one_or_none()
@@ -89,7 +95,7 @@ def _add(writing: Writing, row: Row[Any], version: AdapterVersion, activate: boo
             values |= {"digest": version.digest, "base": version.base, "created": writing.now, **found}
             connection.execute(insert(versions).values(values))
     added = connection.execute(select(versions).where(versions.c.adapter_id == row.id, same)).one()
-    if activate:
+    if activate or (activate is None and not known):
         lead(writing, row.name, {added.id: 1}, "alias")
     return _record(row.name, added)
 
