@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from adapter_router.catalog.catalog import Catalog
 from adapter_router.catalog.records import AdapterSpec, Alias, Registration, VersionRecord
@@ -13,7 +14,7 @@ from adapter_router.catalog.routes import Routes
 from adapter_router.catalog.sources.address import parse
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore
-from adapter_router.errors import AdapterRouterError, AdapterUnavailable, InvalidRequest
+from adapter_router.errors import AdapterNotFound, AdapterRouterError, AdapterUnavailable, InvalidRequest
 from adapter_router.types import AdapterVersion, LoadReport, Row
 from deployments.bases import Bases
 from deployments.holdings import Holdings
@@ -38,7 +39,8 @@ class Adapters:
 
     def start(self) -> None:
         """Follow the catalog and work on what is unfinished, from now on."""
-        self._tasks.append(asyncio.get_running_loop().create_task(self._keep_following()))
+        loop = asyncio.get_running_loop()
+        self._tasks += [loop.create_task(self._keep_following()), loop.create_task(self.holdings.keep_aligned())]
         self.registrar.start()
 
     async def close(self) -> None:
@@ -52,10 +54,14 @@ class Adapters:
 
     async def know(self, rows: Sequence[Row]) -> set[str]:
         """Have in memory what the adapters of ``rows`` mean; returns the names whose adapter is not servable yet."""
-        names = {name for row in rows for name in names_of(row)}
+        names = {name for row in rows for name in self._names_of(row)}
         if missing := self._routes.missing(names):
             await self.registrar.read(self._routes.fetch, missing)
         return {name for name in names if self._is_pending(name)}
+
+    def knows(self, row: Row) -> bool:
+        """Whether ``know`` has nothing to look up for ``row``."""
+        return not self._routes.missing(self._names_of(row))
 
     async def make_ready(self, names: Collection[str]) -> None:
         """Wait until each of ``names`` is servable or refused: ``version_of`` then says which."""
@@ -135,24 +141,23 @@ class Adapters:
         await self.holdings.free(versions)
         return versions
 
-    async def refresh(self, name: str, *, activate: bool = True) -> VersionRecord:
-        """Look at the source again: what lies there now is a version, and meant from now on if ``activate``."""
+    async def refresh(self, name: str, *, activate: bool | None = True) -> VersionRecord:
+        """Look at the source again: what lies there now is a version, and meant from now on if ``activate``.
+
+        None: if it was not known before.
+        """
         record = await self.registrar.refresh(name, activate=activate)
-        await self.holdings.settle(name)
+        await self.holdings.settle_all([name])
         return record
 
     async def set_alias(self, name: str, weights: Mapping[str, int], expected: int | None = None) -> Alias:
         """Let ``name`` mean versions in shares. Raises InvalidRequest with every problem."""
         self._bases.check_name(name)
-        alias = await self.registrar.write(self.catalog.set_alias, name, weights, expected=expected)
-        await self.holdings.settle_targets(alias)
-        return alias
+        return await self._flipped(await self.registrar.write(self.catalog.set_alias, name, weights, expected=expected))
 
     async def rollback(self, name: str) -> Alias:
         """Let ``name`` mean what it did before its last change."""
-        alias = await self.registrar.write(self.catalog.rollback, name)
-        await self.holdings.settle_targets(alias)
-        return alias
+        return await self._flipped(await self.registrar.write(self.catalog.rollback, name))
 
     async def pin(self, name: str, pinned: bool) -> Registration:
         """Keep an adapter on all replicas' devices, or no longer. Raises AdapterNotFound, or why it does not fit."""
@@ -187,6 +192,11 @@ class Adapters:
                     raise error
         return loaded
 
+    async def _flipped(self, alias: Alias) -> Alias:
+        """It has happened, whatever a replica says to it."""
+        await self.holdings.settle_all({target.adapter for target in alias.targets})
+        return alias
+
     # -- what the replicas hold ----------------------------------------------------------------------------------
 
     async def ask_replicas(self, method: str) -> dict[str, tuple[Pool, object]]:
@@ -204,12 +214,19 @@ class Adapters:
             await self.holdings.settle(name)
 
     async def _became_ready(self, registration: Registration) -> None:
-        """A pinned or preloaded adapter is on all replicas as soon as it can be."""
-        if registration.spec.pinned or registration.spec.preload:
-            try:
-                await self.holdings.settle(registration.spec.name)
-            except AdapterRouterError as error:
-                logger.error("adapter %s is ready, but not on every replica: %s", registration.spec.name, error)
+        """A pinned or preloaded adapter is on all replicas as soon as it can be.
+
+        Whether it is one is read anew: it may have been pinned while it was being fetched.
+        """
+        name = registration.spec.name
+        with suppress(AdapterNotFound):
+            now = (await self.registrar.read(self.catalog.registration, name)).spec
+            if now.pinned or now.preload:
+                await self.holdings.settle_all([name])
+
+    def _names_of(self, row: Row) -> list[str]:
+        """The names that the catalog must tell the meaning of: not those of bases."""
+        return [name for name in names_of(row) if not self._bases.named(name)]
 
     def _is_pending(self, name: str) -> bool:
         """Whether rows for ``name`` have to wait for the registrar."""

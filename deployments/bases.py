@@ -46,7 +46,7 @@ class Bases:
     def check_name(self, adapter: str) -> None:
         """Raise InvalidRequest for a name that means a base already, as a name or as a fingerprint."""
         if self.named(adapter):
-            raise InvalidRequest(f"{adapter!r} is the base model's name", "lora_name")
+            raise InvalidRequest(f"{adapter!r} is the base model's name", "name")
 
     def of(self, version: AdapterVersion) -> Pool | AdapterFailed:
         """The pool that serves ``version``."""

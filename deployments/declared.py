@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from adapter_router.catalog.declaration import Difference, apply, drift, parse
 from adapter_router.catalog.records import AdapterSpec
@@ -15,6 +17,8 @@ from deployments.adapters import Adapters
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 2.0  # how soon a changed manifest, a new ConfigMap, is noticed
+_PATIENCE = 15  # such looks until what cannot be followed is tried again unchanged: each reads the whole catalog
+_LOOK_S = 10.0  # how long a start waits for sources that are looked at again; slow ones go on behind it
 
 
 class Declared:
@@ -26,7 +30,7 @@ class Declared:
         self._specs = list(specs)
         self._manifest = manifest
         self._seen: str | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def is_configured(self) -> bool:
@@ -46,9 +50,11 @@ class Declared:
             self._complain(error)
         at_once = [spec.name for spec in specs if spec in self._specs or spec.preload or spec.pinned]
         await self._adapters.make_ready(at_once)
-        await asyncio.gather(*(self._look_again(spec.name) for spec in self._specs if spec.name not in changed))
+        looks = [self._begin(self._look_again(spec.name)) for spec in self._specs if spec.name not in changed]
+        if looks:
+            await asyncio.wait(looks, timeout=_LOOK_S)
         if self._manifest is not None:
-            self._watch = asyncio.get_running_loop().create_task(self._keep_watching())
+            self._begin(self._keep_watching())
 
     async def reconcile(self, text: str | None = None, *, only_look: bool = False) -> list[Difference]:
         """Bring the catalog in line with the manifest ``text``, or with the configuration; returns what differed.
@@ -60,7 +66,7 @@ class Declared:
         if text is None and not self.is_configured:  # else everything that was posted would go
             raise InvalidRequest("this application's configuration declares no adapters; send a manifest")
         if text is not None:
-            specs = parse(text)
+            specs = await asyncio.to_thread(parse, text)
         elif only_look:
             specs, _ = await self._configured()
         else:
@@ -83,21 +89,22 @@ class Declared:
         if self._manifest is None:
             return self._specs, None
         text = await self._read()
-        return [*self._specs, *parse(text)], text
+        return [*self._specs, *await asyncio.to_thread(parse, text)], text  # seconds, for thousands of adapters
 
     async def _read(self) -> str:
         assert self._manifest is not None
         try:
             return await asyncio.to_thread(self._manifest.read_text)
         except (OSError, UnicodeDecodeError) as error:
+            self._seen = None
             raise InvalidRequest(f"the manifest {self._manifest} cannot be read: {error}") from error
 
     async def _bring_about(self, specs: Sequence[AdapterSpec]) -> list[Difference]:
-        self._adapters.check(specs)
+        await asyncio.to_thread(self._adapters.check, specs)
         differences = await self._adapters.registrar.write(apply, specs, self._adapters.catalog)
         for difference in differences:
             logger.info("%s", difference)
-        if any(difference.kind != "added" for difference in differences):
+        if any(difference.kind not in ("added", "conflict") for difference in differences):
             await self._adapters.holdings.align()
         return differences
 
@@ -108,18 +115,33 @@ class Declared:
         self.error = told
 
     async def _look_again(self, name: str) -> None:
-        """What lies at a declared source may have changed while nobody served it."""
+        """What lies at a declared source may have changed while nobody served it; what is known keeps its share."""
         try:
-            await self._adapters.refresh(name)
+            await self._adapters.refresh(name, activate=None)
         except AdapterRouterError as error:
             logger.warning("the source of %s cannot be looked at again: %s", name, error)
+        except Exception:
+            logger.exception("the source of %s cannot be looked at again", name)
 
     async def _keep_watching(self) -> None:
-        assert self._manifest is not None
-        while True:
+        for look in itertools.count():
             await asyncio.sleep(_WATCH_S)
             try:
-                if await self._read() != self._seen or self.error is not None:
+                text = await self._read()
+                if text != self._seen or (self.error is not None and look % _PATIENCE == 0):
+                    self._seen = text
                     await self._follow()
-            except AdapterRouterError as error:
+            except InvalidRequest as error:
                 self._complain(error)
+            except AdapterRouterError as error:  # it may pass
+                self._seen = None
+                self._complain(error)
+            except Exception as error:
+                logger.exception("the manifest cannot be followed")
+                self._complain(f"following the manifest failed for a fault of ours: {type(error).__name__}")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

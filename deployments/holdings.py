@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection, Iterable
 
 from adapter_router.catalog.catalog import Catalog
-from adapter_router.catalog.records import Alias
 from adapter_router.catalog.registrar import Registrar
 from adapter_router.errors import AdapterRouterError
 from adapter_router.types import AdapterVersion
 from deployments.bases import Bases
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 1.0  # how soon a new replica is noticed
 
 
 class Holdings:
@@ -29,28 +31,55 @@ class Holdings:
         meant = await self.meant(name)
         spec = registration.spec
         await self.unpin_versions(name)
-        for version in meant if spec.pinned or spec.preload else ():
+        if not (spec.pinned or spec.preload):
+            return
+        for version in meant:
             outcomes = await self.tell(version, "pin" if spec.pinned else "warm", version)
             for error in outcomes.values():
                 if error is not None:
                     raise error
+        await self._unpin(meant)  # what was let go while it was being pinned
 
-    async def align(self) -> None:
-        """Bring the replicas in line with the catalog on all that is pinned or preloaded; refusals are only logged."""
+    async def settle_all(self, names: Iterable[str]) -> None:
+        """``settle`` for adapters whose change is done already: what refuses is only logged."""
+        for name in names:
+            try:
+                await self.settle(name)
+            except AdapterRouterError as error:
+                logger.error("adapter %s is not on every replica: %s", name, error)
+
+    async def align(self, replicas: Collection[str] | None = None) -> None:
+        """Bring ``replicas``, else all, in line with the catalog on all that is pinned or preloaded.
+
+        Refusals are only logged.
+        """
         for pool in self._bases:
+            held = await pool.ask_all("residency", among=replicas)  # before the catalog: it knows of all pins in there
             wanted = await self._registrar.read(self._catalog.preloaded, pool.base.fingerprint)
-            held = await pool.ask_all("residency")
             loose = {each.digest for listed in held.values() for each in listed if each.pinned}
-            await pool.ask_all("unpin", sorted(loose - {version.digest for version, pinned in wanted if pinned}))
+            kept = {version.digest for version, pinned in wanted if pinned}
+            await pool.ask_all("unpin", sorted(loose - kept), among=replicas)
             for version, pinned in wanted:
-                for error in (await pool.ask_all("pin" if pinned else "warm", version)).values():
+                for error in (await pool.ask_all("pin" if pinned else "warm", version, among=replicas)).values():
                     if error is not None:
                         logger.error("adapter %s is not on every replica: %s", version.adapter, error)
+            await self._unpin(version for version, pinned in wanted if pinned)  # as in ``settle``
 
-    async def settle_targets(self, alias: Alias) -> None:
-        """``settle`` for every adapter that ``alias`` leads to."""
-        for adapter in {target.adapter for target in alias.targets}:
-            await self.settle(adapter)
+    async def keep_aligned(self) -> None:
+        """Replicas read the catalog as they start; what has changed until they are known here, they are told now.
+
+        This router, too, may have come after one that was killed between a change and telling the replicas of it.
+        """
+        aligned: set[str] = set()
+        while True:
+            living = {replica for pool in self._bases for replica in pool.living()}
+            try:
+                if fresh := living - aligned:
+                    await self.align(fresh)
+                aligned = living
+            except Exception:
+                logger.exception("replicas that have just come cannot be told what they shall hold")
+            await asyncio.sleep(_LOOK_S)
 
     async def tell(self, version: AdapterVersion, method: str, *args: object) -> dict[str, AdapterRouterError | None]:
         """What every replica of the version's base answers to a call about it; nothing where that is not served."""

@@ -59,9 +59,12 @@ def deploy(args: AppArgs, name: str = APP_NAME, route_prefix: str = "/") -> serv
 
 
 def read_config(path: Path) -> list[ConfiguredApp]:
-    """Our applications in a Serve config file, a base each. Raises ValueError with pydantic's findings."""
-    document = yaml.safe_load(path.read_text())
-    return [
-        ConfiguredApp(entry.get("name", APP_NAME), entry.get("route_prefix", "/"), AppArgs(**entry["args"]))
-        for entry in document["applications"]
-    ]
+    """Our applications in a Serve config file. Raises OSError; ValueError for what is no such file."""
+    try:
+        document = yaml.safe_load(path.read_text())
+        return [
+            ConfiguredApp(entry.get("name", APP_NAME), entry.get("route_prefix", "/"), AppArgs(**entry["args"]))
+            for entry in document["applications"]
+        ]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"it is no Serve config ({type(error).__name__}: {error})") from error

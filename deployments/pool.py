@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ray import exceptions
@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from adapter_router.catalog.records import AdapterSpec
 from adapter_router.catalog.store import StoredAdapter
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import AdapterRouterError, ReplicaLost
+from adapter_router.errors import AdapterRouterError, AdapterUnavailable, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply
@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 _LOST = (exceptions.RayActorError, exceptions.NodeDiedError, ReplicaUnavailableError)
 _BY_VALUE_BYTES = 1 << 20  # Serve's by-value path is the faster one, and refuses messages of 4 MiB
+_CHECKS = 16  # of new adapters at once: a replica takes a bounded number of calls, and rows shall find room
+_HOME_S = 60.0  # for a replica that checks an adapter to live
+_ANSWER_S = 10.0  # for an answer from memory: who needs longer is stuck, and shall not stop whoever asks all
+_LOAD_S = 90.0  # for one that may have to load first: more than the engine's own patience
+_LOADS = ("pin", "warm")
 
 
 class Pool:
@@ -36,6 +41,7 @@ class Pool:
         self.base = base
         self.dispatcher = Dispatcher(self._send, self.living, routing, metrics)
         self._replicas = replicas
+        self._checks = asyncio.Semaphore(_CHECKS)
 
     @classmethod
     async def of(cls, replicas: DeploymentHandle, routing: RoutingConfig, metrics: RouterMetrics) -> Pool:
@@ -54,31 +60,37 @@ class Pool:
         except _LOST as error:
             raise ReplicaLost(f"replica {replica} was lost; try again") from error
 
-    async def ask_all(self, method: str, *args: Any) -> dict[str, Any]:
-        """What every living replica answers; one that is lost on the way, or fails, is left out."""
+    async def ask_all(self, method: str, *args: Any, among: Collection[str] | None = None) -> dict[str, Any]:
+        """What every living replica of ``among`` answers; one that is lost on the way, fails or hangs is left out."""
         answers: dict[str, Any] = {}
 
         async def ask(replica: str) -> None:
             try:
-                answers[replica] = await self.call(replica, method, *args)  # an error that is returned is an answer
+                async with asyncio.timeout(_LOAD_S if method in _LOADS else _ANSWER_S):
+                    answers[replica] = await self.call(replica, method, *args)  # an error that is returned is an answer
             except Exception as error:
-                logger.warning("replica %s does not answer %s: %s", replica, method, error)
+                logger.warning("replica %s does not answer %s: %r", replica, method, error)
 
-        await asyncio.gather(*(ask(replica) for replica in self.living()))
+        await asyncio.gather(*(ask(replica) for replica in self.living() if among is None or replica in among))
         return answers
 
     async def check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
         """Check a stored adapter on the replica that will be its home; a lost one's place is taken once.
 
-        Raises AdapterRejected with every problem.
+        Raises AdapterRejected with every problem, AdapterUnavailable when no replica lives.
         """
-        try:
-            return await self._check(spec, stored, resident)
-        except ReplicaLost:
-            return await self._check(spec, stored, resident)
+        async with self._checks:
+            try:
+                return await self._check(spec, stored, resident)
+            except ReplicaLost:
+                return await self._check(spec, stored, resident)
 
     async def _check(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
-        replica = await self.dispatcher.home(stored.digest)
+        try:
+            async with asyncio.timeout(_HOME_S):
+                replica = await self.dispatcher.home(stored.digest)
+        except TimeoutError as error:
+            raise AdapterUnavailable(f"no replica of base {self.base.name} lives just now; try again later") from error
         report: LoadReport | AdapterRouterError = await self.call(replica, "admit", spec, stored, resident)
         if isinstance(report, AdapterRouterError):
             raise report

@@ -16,7 +16,7 @@ from adapter_router.catalog.records import AdapterSpec
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore
 from adapter_router.config import CatalogConfig, RoutingConfig
-from adapter_router.errors import AdapterRouterError
+from adapter_router.errors import AdapterRouterError, CatalogUnavailable
 from adapter_router.metrics import RouterMetrics, exposition, merged_exposition
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, RowOutcome, Source, TaskKind
 from deployments.adapters import Adapters, names_of
@@ -60,7 +60,10 @@ class Router:
 
         Rows whose adapters must be fetched or checked first wait for those alone; the others do not wait for them.
         """
-        pending = await self.adapters.know(rows)
+        try:
+            pending = await self.adapters.know(rows)
+        except CatalogUnavailable as error:
+            return await self._answer_known(rows, error)
         if not pending:
             return await self._answer(rows)
         groups: defaultdict[frozenset[str], list[int]] = defaultdict(list)
@@ -79,8 +82,18 @@ class Router:
     async def _answer_late(self, rows: Sequence[Row], pending: frozenset[str]) -> list[RowOutcome]:
         if pending:
             await self.adapters.make_ready(pending)
-            await self.adapters.know(rows)
+            try:
+                await self.adapters.know(rows)
+            except CatalogUnavailable as error:
+                return await self._answer_known(rows, error)
         return await self._answer(rows)
+
+    async def _answer_known(self, rows: Sequence[Row], error: CatalogUnavailable) -> list[RowOutcome]:
+        """Answer rows whose adapters are in memory; to the others, why the catalog cannot be asked."""
+        known = [index for index, row in enumerate(rows) if self.adapters.knows(row)]
+        answered = dict(zip(known, await self._answer([rows[index] for index in known]), strict=True))
+        self._metrics.errors.labels(error.code).inc(len(rows) - len(known))
+        return [answered.get(index, error) for index in range(len(rows))]
 
     async def _answer(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Answer rows whose adapters are in memory, each on its own base."""

@@ -76,6 +76,17 @@ class LocalApp:
         """Run something on the application's event loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
+    def start_replica(self, name: str) -> None:
+        """Another replica of the first base, which no router knows of yet."""
+        with _in_serve(name):
+            self.replicas[name] = Replica(self._bases[0], self._catalog)
+
+    def publish_replica(self, name: str) -> None:
+        """Let the router know of a replica of the first base."""
+        handle: Any = self.router.bases.first._replicas
+        handle.replicas[name] = self.replicas[name]
+        replica_view.publish(APP, handle.deployment_name, tuple(handle.replicas))
+
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
@@ -84,7 +95,7 @@ class LocalApp:
             name = f"replica-{number}"
             with _in_serve(name):
                 self.replicas[name] = await asyncio.to_thread(Replica, base, self._catalog)
-            handles.append(LocalHandle(f"base-{number}", {name: self.replicas[name]}))
+            handles.append(LocalHandle(f"base-{number} of {id(self)}", {name: self.replicas[name]}))
         with _in_serve("router"):
             await self.router.__init__(handles, RoutingConfig(), self._catalog, self._declared)  # type: ignore[misc]
         try:

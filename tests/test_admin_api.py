@@ -266,6 +266,24 @@ def test_events_tell_the_story_of_one_and_of_all(local: LocalApp, name: str, dir
     assert ask(local, "GET", "/v1/adapters/nobody-ever/events")["data"] == []
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", f"/v1/events?after={10**30}"),
+        ("GET", f"/v1/adapters/a/events?after={1 << 63}"),
+        ("GET", f"/v1/adapters/a/versions/{10**30}"),
+        ("DELETE", f"/v1/adapters/a/versions/{10**30}"),
+        ("GET", "/v1/adapters?after=%00"),
+        ("GET", "/v1/adapters/a%00b"),
+        ("GET", "/v1/aliases?after=a%00"),
+        ("DELETE", "/v1/aliases/%00"),
+        ("GET", "/v1/models?after=%00"),
+    ],
+)
+def test_what_no_database_takes_is_the_callers_mistake(local: LocalApp, method: str, path: str) -> None:
+    refused(local, method, path, None, 400)
+
+
 # -- names in paths --------------------------------------------------------------------------------------------------
 
 
@@ -401,3 +419,10 @@ def test_loading_and_unloading_in_vllms_words(local: LocalApp, directory: Path, 
     gone = post("unload")
     assert gone.status_code == 404
     assert gone.json()["error"]["message"] == "The lora adapter 'vllm' cannot be found."
+    for empty in ({"lora_name": "", "lora_path": str(directory)}, {"lora_name": "x", "lora_path": ""}):
+        nothing = post("load", **empty)
+        assert nothing.status_code == 400 and nothing.json()["error"]["type"] == "InvalidUserInput"
+        assert nothing.json()["error"]["message"] == "Both 'lora_name' and 'lora_path' must be provided."
+    nobody = post("unload", lora_name="")
+    assert nobody.status_code == 400 and nobody.json()["error"]["type"] == "InvalidUserInput"
+    assert nobody.json()["error"]["message"] == "'lora_name' needs to be provided to unload a LoRA adapter."

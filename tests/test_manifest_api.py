@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from adapter_router.catalog.records import AdapterSpec
 from adapter_router.errors import CatalogUnavailable
-from adapter_router.types import Source
+from adapter_router.types import Row, RowResult, Source
 from tests.local_app import LocalApp, local_app
 from tests.serving import wait_for
 from tests.test_admin_api import ask, directory, name, refused, register
@@ -187,3 +188,22 @@ def test_ready_while_the_catalog_is_gone(local: LocalApp, monkeypatch: pytest.Mo
     monkeypatch.setattr(local.router.adapters.catalog, "registrations", gone)
     response = local.http.get("/v1/adapters")
     assert response.status_code == 503 and response.headers["retry-after"] == "1"
+
+
+def test_rows_of_known_names_are_answered_while_the_catalog_is_gone(
+    local: LocalApp, name: str, directory: Path, tiny_bert: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> Any:
+        raise CatalogUnavailable("the catalog's database does not answer")
+
+    register(local, name, directory)
+    tokens = {"input_ids": np.asarray([1, 2, 3])}
+    base = Row(tokens, str(tiny_bert.directory), "embedding")
+    assert isinstance(local.run(local.router.infer(Row(tokens, name))), RowResult)
+    monkeypatch.setattr(local.router.adapters.catalog, "routes_at", gone)
+    rows = [Row(tokens, name), Row(tokens, "never-asked-for"), base]
+    known, unknown, bare = local.run(local.router.infer_many(rows))
+    assert isinstance(known, RowResult) and isinstance(bare, RowResult)
+    assert unknown.code == "catalog_unavailable" and "does not answer" in str(unknown)
+    response = local.http.post("/v1/classify", json={"model": "never-asked-for", "input": [[1]]})
+    assert response.status_code == 503 and response.json()["error"]["code"] == "catalog_unavailable"

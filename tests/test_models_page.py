@@ -120,6 +120,15 @@ def test_one_version_is_a_model_too(local: LocalApp) -> None:
     assert ask(local, "GET", "/v1/models/split@v1")["metadata"]["version"] == one["version"]
 
 
+def test_what_goes_between_two_looks_is_not_there(local: LocalApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = local.router.adapters.catalog
+    (version, _) = ask(local, "GET", "/v1/adapters/split/versions")["data"]
+    monkeypatch.setattr(catalog, "meant", lambda _: {})
+    monkeypatch.setattr(catalog, "numbers", lambda _: {})
+    for gone in ("best", f"split@{version['version']}"):
+        assert "no adapter is named" in refused(local, "GET", f"/v1/models/{gone}", None, 404)
+
+
 def test_what_is_no_model(local: LocalApp) -> None:
     assert "did you mean 'split'" in refused(local, "GET", "/v1/models/splitt", None, 404)
     assert "no version v9" in refused(local, "GET", "/v1/models/split@v9", None, 404)

@@ -51,7 +51,7 @@ def adapter_directories(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _register(server: Server, name: str, directory: Path, args: argparse.Namespace) -> dict[str, Any] | Refused:
-    """One registration; one that is known already with the same source is not an error."""
+    """One registration; one that is known already as the same is not an error."""
     body = {"name": name, "uri": str(directory), "replace": args.replace, **declared(args)}
     try:
         registered: dict[str, Any] = server.ask(
@@ -61,7 +61,8 @@ def _register(server: Server, name: str, directory: Path, args: argparse.Namespa
         if error.code != _EXISTS:
             return error
         there: dict[str, Any] = server.ask("GET", adapter_path(name))
-        return there if there["uri"] == str(directory) else error
+        asked = {"uri": str(directory), **{key: value for key, value in declared(args).items() if value}}
+        return there if all(there[key] == value for key, value in asked.items()) else error
     return registered
 
 

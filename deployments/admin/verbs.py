@@ -66,13 +66,11 @@ def show(server: Server, screen: Screen, args: argparse.Namespace) -> int:
 
 def alias(server: Server, screen: Screen, args: argparse.Namespace) -> int:
     """Show one alias or all of them, or change what one means."""
+    if args.delete:
+        return _forget(server, screen, args)
     if args.name is None:
         entries = list(server.pages("/v1/aliases"))
         screen.show({"data": entries}, tables.aliases(entries))
-        return 0
-    if args.delete:
-        answer = server.ask("DELETE", alias_path(args.name))
-        screen.show(answer, f"{args.name} is no alias any more")
         return 0
     if len(dict(args.weights)) < len(args.weights):
         screen.complain("a version stands twice among the weights")
@@ -83,6 +81,15 @@ def alias(server: Server, screen: Screen, args: argparse.Namespace) -> int:
     else:
         answer = server.ask("GET", alias_path(args.name))
     screen.show(answer, tables.aliases([answer]))
+    return 0
+
+
+def _forget(server: Server, screen: Screen, args: argparse.Namespace) -> int:
+    if args.name is None or args.weights or args.if_revision is not None:
+        screen.complain("--delete takes a name, and nothing else")
+        return 2
+    answer = server.ask("DELETE", alias_path(args.name))
+    screen.show(answer, f"{args.name} is no alias any more")
     return 0
 
 
@@ -162,6 +169,10 @@ def reconcile(server: Server, screen: Screen, args: argparse.Namespace) -> int:
     differences = answer["data"]
     what = "differs" if args.dry_run else "was brought about"
     screen.show(answer, *([f"this {what}:", tables.differences(differences)] if differences else ["nothing differs"]))
+    conflicts = sum(difference["kind"] == "conflict" for difference in differences)
+    if conflicts and not args.dry_run:
+        screen.complain(f"{conflicts} of these could not be brought about: a conflict leaves everything as it was")
+        return 1
     return 0
 
 

@@ -13,7 +13,7 @@ from adapter_router.errors import AdapterNotFound, InvalidRequest
 from adapter_router.types import Source, TaskKind
 from deployments.api import documents, residency
 from deployments.api.pages import EventsQuery, PageQuery, page
-from deployments.api.paths import Name, refuse_action
+from deployments.api.paths import Name, Number, refuse_action
 from deployments.router import Router, current_router
 
 routes = APIRouter()
@@ -135,13 +135,13 @@ async def refresh(
 
 
 @routes.get("/v1/adapters/{name:path}/versions/{number:int}")
-async def get_version(name: Name, number: int, router: CurrentRouter) -> dict[str, Any]:
+async def get_version(name: Name, number: Number, router: CurrentRouter) -> dict[str, Any]:
     """One version of an adapter."""
     return await _version(router, name, number)
 
 
 @routes.delete("/v1/adapters/{name:path}/versions/{number:int}")
-async def retire(name: Name, number: int, router: CurrentRouter) -> dict[str, Any]:
+async def retire(name: Name, number: Number, router: CurrentRouter) -> dict[str, Any]:
     """Take a version back; refused while a name leads to it."""
     await router.adapters.retire(name, number)
     return {"name": name, "number": number, "retired": True}

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRouterError
+from adapter_router.errors import AdapterExists, AdapterNotFound, AdapterRouterError, InvalidRequest
 from adapter_router.types import TaskKind
 from deployments.router import Router, current_router
 
@@ -25,8 +25,8 @@ class LoadRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    lora_name: Annotated[str, Field(min_length=1)]
-    lora_path: Annotated[str, Field(min_length=1)]
+    lora_name: str
+    lora_path: str
     load_inplace: bool = False
     task: TaskKind | None = None
     labels: list[str] | None = None
@@ -38,13 +38,19 @@ class UnloadRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    lora_name: Annotated[str, Field(min_length=1)]
+    lora_name: str
     lora_int_id: int | None = None
+
+
+class InvalidUserInput(InvalidRequest):
+    type = "InvalidUserInput"
 
 
 @routes.post("/v1/load_lora_adapter")
 async def load(request: LoadRequest, router: Annotated[Router, Depends(current_router)]) -> PlainTextResponse:
     """Fetch, check, load and register an adapter; when it is refused nothing is registered."""
+    if not request.lora_name or not request.lora_path:
+        raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
     if not await asyncio.to_thread(_may_exist, request.lora_path):
         raise AdapterNotFound(f"Loading lora {request.lora_name} failed: No adapter found for {request.lora_path}")
     report = await router.load_adapter(
@@ -63,6 +69,8 @@ async def load(request: LoadRequest, router: Annotated[Router, Depends(current_r
 @routes.post("/v1/unload_lora_adapter")
 async def unload(request: UnloadRequest, router: Annotated[Router, Depends(current_router)]) -> PlainTextResponse:
     """Forget an adapter and its versions."""
+    if not request.lora_name:
+        raise InvalidUserInput("'lora_name' needs to be provided to unload a LoRA adapter.")
     removed = await router.unload_adapter(request.lora_name)
     if isinstance(removed, AdapterNotFound):
         raise AdapterNotFound(f"The lora adapter '{request.lora_name}' cannot be found.")

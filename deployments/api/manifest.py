@@ -42,7 +42,7 @@ async def reconcile(
     request: Request, query: Annotated[ManifestQuery, Query()], router: Annotated[Router, Depends(current_router)]
 ) -> dict[str, Any]:
     """Bring the catalog in line with the manifest in the body (YAML), or with the configuration's when it is empty."""
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > _MOST_BYTES:

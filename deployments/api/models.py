@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
 
-from adapter_router.catalog.addressing import address_of
+from adapter_router.catalog.addressing import address_of, not_found
 from adapter_router.catalog.overview import Meant
 from adapter_router.catalog.records import Registration, Target
 from adapter_router.errors import AdapterNotFound
@@ -51,14 +51,16 @@ async def model(name: Name, router: Annotated[Router, Depends(current_router)]) 
         raise route
     address = address_of(name)
     if address is None or not address.is_version:
-        return _entry(router, name, route.registration, (await read(catalog.meant, [name])).get(name, ()))
+        meant = (await read(catalog.meant, [name])).get(name, ())
+        if route.registration is None and not meant:  # removed between the two looks
+            raise not_found(name)
+        return _entry(router, name, route.registration, meant)
     ((version, _),) = route.choices
-    numbers = [
-        number
-        for adapter, number in (await read(catalog.numbers, [version.digest]))[version.digest]
-        if adapter == address.adapter
-    ]
-    target = Target(address.adapter, address.number or max(numbers), 1)
+    alike = (await read(catalog.numbers, [version.digest])).get(version.digest, ())
+    number = address.number or max((number for adapter, number in alike if adapter == address.adapter), default=None)
+    if number is None:
+        raise not_found(name)
+    target = Target(address.adapter, number, 1)
     return _entry(router, name, route.registration, ((target, version),))
 
 

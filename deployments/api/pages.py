@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.api.paths import WITHOUT_NUL
+
 MOST = 1000
 
 Limit = Annotated[int, Field(ge=1, le=MOST)]
+_Revision = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]  # what a database can compare with
 
 
 class PageQuery(BaseModel):
@@ -18,7 +21,7 @@ class PageQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: Limit = 100
-    after: str | None = None
+    after: Annotated[str, Field(pattern=WITHOUT_NUL)] | None = None
 
 
 class EventsQuery(BaseModel):
@@ -27,7 +30,7 @@ class EventsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: Limit = 100
-    after: Annotated[int, Field(ge=0)] = 0
+    after: _Revision = 0
 
 
 def page(entries: Sequence[dict[str, Any]], limit: int, key: str) -> dict[str, Any]:

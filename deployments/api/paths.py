@@ -13,7 +13,10 @@ from starlette.exceptions import HTTPException
 
 from adapter_router.catalog.addressing import action_of
 
-Name = Annotated[str, Path(min_length=1)]
+WITHOUT_NUL = r"^[^\x00]*$"  # which PostgreSQL takes in no text
+Name = Annotated[str, Path(min_length=1, pattern=WITHOUT_NUL)]
+Number = Annotated[int, Path(le=999_999_999)]
+"""Of a version; what an address can say (``name@v999999999``)."""
 
 
 def refuse_action(name: str) -> None:

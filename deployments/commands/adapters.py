@@ -134,7 +134,12 @@ def _alias(parser: _Parser) -> None:
 def _events(parser: _Parser) -> None:
     parser.add_argument("name", nargs="?", help="(default: of all)")
     parser.add_argument("--limit", type=int, default=100, help="lines at most (default: %(default)s)")
-    parser.add_argument("--after", type=int, metavar="N", help="those after revision N (default: the last ones)")
+    parser.add_argument(
+        "--after",
+        type=int,
+        metavar="N",
+        help="those after revision N (default: the last ones of all; of one adapter the first)",
+    )
 
 
 def _reconcile(parser: _Parser) -> None:

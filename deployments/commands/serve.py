@@ -26,11 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0: it was told to stop; 2: the config cannot be read."""
     from deployments.local import deploy, local_ray, read_config  # noqa: PLC0415 - Ray and torch take seconds
 
-    path = Path(resolve(args.config))
     try:
-        apps = read_config(path)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"{path}: {error}", file=sys.stderr)
+        apps = read_config(Path(resolve(args.config)))
+    except (OSError, ValueError) as error:
+        print(f"{args.config}: {error}", file=sys.stderr)
         return 2
     for app in apps:
         print(f"starting {app.args.replicas} replicas of {app.args.base} at {app.route_prefix}", flush=True)
