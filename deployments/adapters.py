@@ -14,7 +14,13 @@ from adapter_router.catalog.routes import Routes
 from adapter_router.catalog.sources.address import parse
 from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore
-from adapter_router.errors import AdapterNotFound, AdapterRouterError, AdapterUnavailable, InvalidRequest
+from adapter_router.errors import (
+    AdapterNotFound,
+    AdapterRouterError,
+    AdapterUnavailable,
+    CatalogUnavailable,
+    InvalidRequest,
+)
 from adapter_router.types import AdapterVersion, LoadReport, Row
 from deployments.bases import Bases
 from deployments.holdings import Holdings
@@ -239,6 +245,8 @@ class Adapters:
         while True:
             try:
                 await self._follow()
+            except CatalogUnavailable as error:
+                logger.warning("the catalog cannot be followed: %s", error)
             except Exception:
                 logger.exception("the catalog cannot be followed")
             await asyncio.sleep(_FOLLOW_S)

@@ -277,6 +277,10 @@ def test_what_is_known_already_can_leave_the_name_as_it_is(catalog: Catalog) -> 
     catalog.set_alias("food", {"v1": 90, "v2": 10})
     catalog.add_version("food", version("food", 2), activate=None)
     assert targets(catalog, "food") == {"food@v1": 90, "food@v2": 10}
+    catalog.rollback("food")
+    catalog.retire("food", 2)
+    catalog.add_version("food", version("food", 2), activate=None)
+    assert catalog.versions("food")[1].retired is not None
 
 
 def test_a_version_follows_its_content_to_another_source(catalog: Catalog) -> None:

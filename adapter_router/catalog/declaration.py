@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Annotated, Any
 
@@ -81,8 +82,8 @@ class _Loader(yaml.SafeLoader):
     """YAML's plain types; a key that stands twice in a mapping is an error, not the last one's value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := {key for key in keys if keys.count(key) > 1}:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, times in keys.items() if times > 1]:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{', '.join(sorted(twice))} stands twice in one mapping", node.start_mark
             )

@@ -27,8 +27,9 @@ class Versions(Part):
         """Note a version that can be served: the adapter is Ready. Its name means this one alone if ``activate``.
 
         The same content for the same base, with the same task and labels, is the same version; one that was retired is
-        back. ``activate`` None: if it was not known before. Raises AdapterNotFound; AdapterConflict when the adapter's
-        source is not ``version.source`` any more, or ``of``, what the version was found for, has been superseded.
+        back. ``activate`` None: if it was not known before; what was retired stays so. Raises AdapterNotFound;
+        AdapterConflict when the adapter's source is not ``version.source`` any more, or ``of``, what the version was
+        found for, has been superseded.
         """
         with self._database.writing() as writing:
             row = existing(writing.connection, name)
@@ -81,6 +82,8 @@ def _add(writing: Writing, row: Row[Any], version: AdapterVersion, activate: boo
     connection = writing.connection
     same = versions.c.identity == identity(version)
     known = connection.execute(select(versions).where(versions.c.adapter_id == row.id, same)).one_or_none()
+    if known and known.retired is not None and activate is None:
+        return _record(row.name, known)
     number = known.number if known else row.newest + 1
     ready = {"phase": "Ready", "attempts": 0, "failure": None, "retry_at": None}
     detail = {"phase": "Ready", "number": number, "digest": version.digest}
