@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ from adapter_router.catalog.location import resolve
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine import Engine
+from adapter_router.engine.loading import SWITCH_INTERVAL_S
 from adapter_router.engine.reading import admitted_copy
 from adapter_router.errors import AdapterUnavailable
 from adapter_router.types import AdapterVersion, Row, RowResult, Source
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=10.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as replicas do
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="cold-loads-") as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import CatalogConfig, EngineConfig
 from adapter_router.engine import Engine
+from adapter_router.engine.loading import SWITCH_INTERVAL_S
 from adapter_router.errors import AdapterRouterError
 from adapter_router.metrics import exposition
 from adapter_router.types import AdapterVersion, BaseInfo, Capacity, HeldAdapter, LoadReport, Row, ShardReply
@@ -32,6 +34,7 @@ class Replica:
 
     def __init__(self, config: EngineConfig, catalog: CatalogConfig) -> None:
         """Ready once every adapter of the catalog that asks for it is resident."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         # Heads that the base lacks are the adapters' business; transformers' report of them would alarm for nothing.
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
