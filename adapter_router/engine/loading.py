@@ -26,9 +26,11 @@ from adapter_router.types import AdapterVersion
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 5e-4
-"""For ``sys.setswitchinterval`` of a process that serves. A forward wants the interpreter back after every operator, and
-a thread that loads keeps it that long: with Python's 5 ms loads took 12 % of others' p99, with a tenth of that 3 %, and
-with a tenth of this all turns get dearer (``benchmarks/cold_loads.py``).
+"""For ``sys.setswitchinterval`` of a process that serves.
+
+A forward wants the interpreter back after every operator, and a thread that loads keeps it for so long. With Python's
+5 ms the p99 of others' rows was 12 % higher while adapters loaded, with a tenth of that 3 %; with a hundredth all that
+switching made everything dearer (``benchmarks/cold_loads.py``).
 """
 
 _READS_AHEAD = 2  # of each lane: files that are read while others are converted
