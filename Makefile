@@ -24,6 +24,8 @@ bench: .venv/dev.done  ## all benchmarks; results go to benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.mixes --json benchmarks/results/mixes.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.quantized_bases --json benchmarks/results/quantized_bases.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cache --json benchmarks/results/cache.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cold_loads --json benchmarks/results/cold_loads.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.many_adapters --json benchmarks/results/many_adapters.json
 
 venv: .venv/dev.done  ## only the environment, with test extras and PEFT
 

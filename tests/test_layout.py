@@ -71,3 +71,20 @@ def test_figures_in_the_readme_are_those_of_the_committed_run() -> None:
         case = f"{sizes[size]}/{targets[target]}/{ranks[rank]}/32"
         shown = [float(cell.strip(" *\u00d7")) for cell in cells.split("|")]
         assert shown == [round(values[f"{case}/{figure}"], 2) for figure in figures]
+
+
+def test_figures_of_many_adapters_are_those_of_the_committed_runs() -> None:
+    documents = [
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("many_adapters", "cold_loads", "cache")
+    ]
+    values = {result["name"]: round(result["value"], 2) for document in documents for result in document["results"]}
+    shown = re.findall(r"^\| .* \| \*\*([\d.]+)\*\* \| ([\d.]+) \| `python -m", (ROOT / "README.md").read_text(), re.M)
+    assert [tuple(map(float, pair)) for pair in shown] == [
+        (values["all/2000_over_5"], 1),
+        (values["all-from-disk/2000_over_5"], 1),
+        (values["known forms/p99_over_quiet"], 1),
+        (values["new forms/p99_over_quiet"], 1),
+        (values["zipf1.0/hit_rate"], values["zipf1.0/multiplexed/hit_rate"]),
+        (values["zipf1.0/hit_rate"], values["zipf1.0/consistent_hash/hit_rate"]),
+    ]
