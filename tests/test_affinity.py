@@ -64,6 +64,15 @@ def test_a_part_of_a_batch_is_no_reason_for_a_copy_however_cheap() -> None:
     assert choose("a", 1, states, CONFIG) is other
 
 
+def test_what_is_hot_is_copied_for_less() -> None:
+    states = fleet(2)
+    holder, other = states
+    holder.resident, other.load_s = {"a"}, 1e-4
+    holder.rows = CONFIG.max_batch_rows // 4
+    assert choose("a", 1, states, CONFIG, rate=1.0) is holder
+    assert choose("a", 1, states, CONFIG, rate=7.0) is other
+
+
 def test_the_load_bound_holds_however_cheap_the_holder_looks() -> None:
     states = fleet(4)
     states[0].resident = {"hot"}

@@ -17,15 +17,20 @@ from adapter_router.routing.fleet import ReplicaState
 _NEW_HOMES = 2
 
 
-def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], config: RoutingConfig) -> ReplicaState:
+def choose(
+    digest: str | None, num_rows: int, states: Sequence[ReplicaState], config: RoutingConfig, rate: float = 0.0
+) -> ReplicaState:
     """The replica for ``num_rows`` rows of one adapter; ``states`` is not empty and holds the load so far.
+
+    ``rate``: of the adapter, in rows a second.
 
     Candidates are the replicas that hold the adapter or are loading it, and the first two rendezvous homes among the
     others. One that already holds more than ``(1 + load_slack) * mean + max_batch_rows`` rows is passed over. The rest
     are priced in seconds until the rows run: the backlog; plus a load's time where the adapter is on its way, however
     much of it is over; plus for a new copy the loads before it and its own. Where a copy is there or coming its own
-    counts ``copy_penalty`` times, and so does a whole batch once: backlogs are known no finer. Equal prices go by
-    rendezvous order, so that routers which do not talk agree.
+    counts ``copy_penalty`` times, and so does the time of a whole batch, by which backlogs differ all the time, over
+    the rows that will have used the copy a second from now: what is hot may be copied for a small gain, what is hardly
+    asked for may not. Equal prices go by rendezvous order, so that routers which do not talk agree.
     """
     homes = sorted(states, key=lambda state: -_weight(digest or "", state.replica))
     copies = [state for state in homes if state.holds(digest) or digest in state.loading]
@@ -44,7 +49,7 @@ def choose(digest: str | None, num_rows: int, states: Sequence[ReplicaState], co
             return state.backlog_s + state.load_s
         if not copies:
             return state.backlog_s + (len(state.loading) + 1) * state.load_s
-        own = config.copy_penalty * state.load_s + config.max_batch_rows * state.row_s
+        own = config.copy_penalty * state.load_s + config.max_batch_rows * state.row_s / (1 + rate)
         return state.backlog_s + len(state.loading) * state.load_s + own
 
     return min(open_candidates, key=price)

@@ -17,6 +17,7 @@ from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequ
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.affinity import choose
 from adapter_router.routing.batcher import Batcher, Waiting
+from adapter_router.routing.demand import Demand
 from adapter_router.routing.fleet import Fleet, ReplicaState
 from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
 
@@ -63,6 +64,7 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._batcher = Batcher(config.max_batch_rows, config.batch_wait_s)
+        self._demand = Demand()
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         # In an empty context: a task made here would otherwise inherit the first caller's request id, and Ray would
@@ -144,6 +146,8 @@ class Dispatcher:
         now = self._clock()
         for entry in batch:
             self._metrics.queue_seconds.observe(now - entry.arrived)
+            if entry.digest is not None:
+                self._demand.note(entry.digest, 1.0, now)
         shards = self._shards(batch)
         # Cold shards wait for their adapters and form a batch of their own.
         for cold in (False, True):
@@ -158,15 +162,17 @@ class Dispatcher:
     def _shards(self, batch: Sequence[Waiting], avoid: str | None = None, retried: bool = False) -> list[_Shard]:
         """Split ``batch`` by adapter and give each part its replica; parts of one replica travel together."""
         states = [state for state in self.fleet.states() if state.replica != avoid]
+        now = self._clock()
         by_adapter: dict[str | None, list[Waiting]] = defaultdict(list)
         for entry in batch:
             by_adapter[entry.digest].append(entry)
         shards: dict[tuple[str, str | None], _Shard] = {}
         with ExitStack() as expected:  # each choice sees the ones before it; ``_spawn`` counts them for good
             for digest, entries in by_adapter.items():
+                rate = self._demand.rate(digest, now) if digest else 0.0
                 for start in range(0, len(entries), self._config.max_batch_rows):
                     part = entries[start : start + self._config.max_batch_rows]
-                    state = choose(digest, len(part), states, self._config)
+                    state = choose(digest, len(part), states, self._config, rate)
                     cold = None if state.holds(digest) else digest
                     shards.setdefault((state.replica, cold), _Shard(state, cold, [], retried)).rows.extend(part)
                     state.sent(len(part), cold)
