@@ -48,22 +48,27 @@ class Holdings:
             except AdapterRouterError as error:
                 logger.error("adapter %s is not on every replica: %s", name, error)
 
-    async def align(self, replicas: Collection[str] | None = None) -> None:
+    async def align(self, replicas: Collection[str] | None = None) -> set[str]:
         """Bring ``replicas``, else all, in line with the catalog on all that is pinned or preloaded.
 
-        Refusals are only logged.
+        Refusals are only logged. Returns the replicas that have answered to everything.
         """
+        aligned: set[str] = set()
         for pool in self._bases:
             held = await pool.ask_all("residency", among=replicas)  # before the catalog: it knows of all pins in there
             wanted = await self._registrar.read(self._catalog.preloaded, pool.base.fingerprint)
             loose = {each.digest for listed in held.values() for each in listed if each.pinned}
             kept = {version.digest for version, pinned in wanted if pinned}
-            await pool.ask_all("unpin", sorted(loose - kept), among=replicas)
+            answered = held.keys() & (await pool.ask_all("unpin", sorted(loose - kept), among=replicas)).keys()
             for version, pinned in wanted:
-                for error in (await pool.ask_all("pin" if pinned else "warm", version, among=replicas)).values():
+                errors = await pool.ask_all("pin" if pinned else "warm", version, among=replicas)
+                answered &= errors.keys()
+                for error in errors.values():
                     if error is not None:
                         logger.error("adapter %s is not on every replica: %s", version.adapter, error)
             await self._unpin(version for version, pinned in wanted if pinned)  # as in ``settle``
+            aligned |= answered
+        return aligned
 
     async def keep_aligned(self) -> None:
         """Replicas read the catalog as they start; what has changed until they are known here, they are told now.
@@ -74,9 +79,9 @@ class Holdings:
         while True:
             living = {replica for pool in self._bases for replica in pool.living()}
             try:
+                aligned &= living
                 if fresh := living - aligned:
-                    await self.align(fresh)
-                aligned = living
+                    aligned |= await self.align(fresh)
             except Exception:
                 logger.exception("replicas that have just come cannot be told what they shall hold")
             await asyncio.sleep(_LOOK_S)

@@ -90,6 +90,30 @@ def test_a_replica_that_has_just_come_is_told_what_it_could_not_read(
         wait_for(lambda: pinned() == {"mine": True, "other": False}, 10)
 
 
+def test_a_replica_that_does_not_answer_is_told_again(
+    local: LocalApp, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(local, name, directory, pinned=True)
+    replica, asked = local.replicas["replica-0"], []
+    pin = replica.pin
+
+    async def pin_at_the_third_time(version: AdapterVersion) -> Any:
+        asked.extend([version] * (version.adapter == name))
+        if len(asked) < 3:
+            raise OSError("lost on the way")
+        return await pin(version)
+
+    monkeypatch.setattr(replica, "pin", pin_at_the_third_time)
+    holdings = local.router.adapters.holdings
+    local.run(replica.unpin([entry.digest for entry in local.run(replica.residency())]))
+    following = asyncio.run_coroutine_threadsafe(holdings.keep_aligned(), local._loop)
+    try:
+        wait_for(lambda: pins(local, name) == [True], 10)
+    finally:
+        following.cancel()
+    assert len(asked) == 3
+
+
 def test_a_stuck_replica_stops_neither_flips_nor_metrics(
     local: LocalApp, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
