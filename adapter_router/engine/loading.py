@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 5e-4
 """For ``sys.setswitchinterval`` of a process that serves.
 
-A forward wants the interpreter back after every operator, and a thread that loads keeps it for so long. With Python's
-5 ms the p99 of others' rows was 12 % higher while adapters loaded, with a tenth of that 3 %; with a hundredth all that
-switching made everything dearer (``python -m benchmarks.cold_loads --switch-interval``).
+A forward wants the interpreter back after every operator, and a thread that loads keeps it for so long: Python's 5 ms,
+by default, of which a tenth costs others' rows less while adapters load. A hundredth costs them more again, for all the
+switching (compare ``python -m benchmarks.cold_loads --switch-interval``).
 """
 
 _READS_AHEAD = 2  # of each lane: files that are read while others are converted

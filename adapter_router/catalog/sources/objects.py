@@ -123,8 +123,11 @@ class ObjectFolder:
 
 
 async def _s3_part(file_system: AsyncFileSystem, path: str, tag: str, begin: int, end: int) -> bytes:
-    """Of the object with this tag only: one that is overwritten and restored by deleting the newer version looks in
-    the end as it did before, and what was read between the two would be mixed with it. s3fs has no word for that."""
+    """Of the object with this tag only.
+
+    One that is overwritten and restored by deleting the newer version looks in the end as it did before, and what was
+    read between the two would be mixed with it. s3fs has no word for that.
+    """
     bucket, key, _ = file_system.split_path(path)
     wanted = {"Range": f"bytes={begin}-{end - 1}", "IfMatch": tag}
     answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key, **wanted)
