@@ -134,6 +134,9 @@ class Model:
             raise AdapterConflict("news of the past")
         if version.source is not None and version.source != adapter.spec.source:
             raise AdapterConflict("another source")
+        known = next((each for each in adapter.versions if _identity(each.version) == _identity(version)), None)
+        if known is not None and known.retired is not None and activate is None:
+            return known
         reg = adapter.registration
         adapter.registration = Registration(reg.spec, "Ready", reg.created, self.now, managed=reg.managed)
         before = len(adapter.versions)

@@ -209,8 +209,8 @@ def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> N
         assert post(app, "/v1/load_lora_adapter", lora_name=directory.name, lora_path=str(directory))[0] == 200
     names = [*ADAPTERS, *(directory.name for directory in extra)]
     rows = [Row(f"{TENANT_ROWS[i % 32].inputs} {i}", names[i % 8]) for i in range(640)]
-    for name in names:  # warm
-        app.handle.infer.remote(Row("hello", name)).result(timeout_s=60)
+    for name in names:  # on both replicas: rows that wait for a load travel in calls of their own
+        assert app.http.put(f"/v1/adapters/{name}/pin", timeout=60).status_code == 200
     counted = ("batches_total", "batch_adapters_sum", "shards_total", "engine_calls_total")
     before = {name: app.metric(name) for name in counted}
     with ThreadPoolExecutor(64) as callers:
@@ -218,10 +218,12 @@ def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> N
     after = {name: app.metric(name) - before[name] for name in counted}
     assert all(isinstance(outcome, RowResult) for outcome in outcomes)
     assert [o.adapter for o in outcomes] == [row.adapter for row in rows]
-    assert after["batch_adapters_sum"] / after["batches_total"] > 4, after
+    assert after["batch_adapters_sum"] / after["batches_total"] > 2, after  # of 1 where a batch has one adapter
     assert after["batches_total"] <= after["shards_total"] <= 2 * after["batches_total"], "at most one call a replica"
     assert after["shards_total"] == after["engine_calls_total"]
     assert Counter(o.replica for o in outcomes).keys() <= set(_replicas(app))
+    for name in names:
+        assert app.http.delete(f"/v1/adapters/{name}/pin", timeout=60).status_code == 200
     for directory in extra:
         post(app, "/v1/unload_lora_adapter", lora_name=directory.name)
 
