@@ -25,9 +25,9 @@ def test_between_two_that_wait_all_the_time_the_difference_is_bounded(
         turn = shares.first()
         assert turn is not None
         if turn in done:
-            cost = data.draw(COSTS)
-            done[turn] += cost / (2 if turn == "y" else 1)
-            shares.charge(turn, cost)
+            drawn = data.draw(COSTS)
+            done[turn] += drawn / (2 if turn == "y" else 1)
+            shares.charge(turn, drawn)
         else:
             shares.charge(turn, cost)
             shares.leave(turn)

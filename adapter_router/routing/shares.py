@@ -1,8 +1,8 @@
 """Whose turn it is: the virtual token counters of Sheng et al. (OSDI 2024, arXiv:2401.00588), for anything with a cost.
 
-Everybody who waits has a counter of what was done for them, over their weight; the lowest is next. Who comes back after a
-pause starts at the lowest counter of those who wait: what was not asked for then is not owed. Between any two that wait
-all the time, what is done for them differs by at most two of the largest pieces of work.
+Everybody who waits has a counter of what was done for them, over their weight; the lowest is next. Who comes back
+after a pause starts at the lowest counter of those who wait: what was not asked for then is not owed. Between any two
+that wait all the time, what is done for them differs by at most two of the largest pieces of work.
 """
 
 from __future__ import annotations
