@@ -34,6 +34,10 @@ class Shares(Generic[Key]):
         """How many wait."""
         return len(self._waiting)
 
+    def waits(self, key: Key) -> bool:
+        """Whether anything waits for ``key``."""
+        return key in self._waiting
+
     def enter(self, key: Key) -> None:
         """One more thing waits for ``key``."""
         self._waiting[key] += 1
