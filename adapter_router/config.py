@@ -104,32 +104,68 @@ class EngineConfig:
 class RoutingConfig:
     """How the router forms batches and spreads them.
 
+    ``max_batch_tokens``: of all rows of a batch, padding included. ``max_padding``: how much of a batch may be padding.
     ``batch_wait_s``: how long the oldest row may wait for company while a replica is free.
     ``calls_per_replica``: batches a replica may hold at once; 2 lets it tokenise one while it computes the other.
+    ``cold_calls_per_replica``: calls at once that wait for an adapter to be loaded, each for another one.
+    ``max_queued_rows``, ``max_queued_tokens``: of all tenants, on one router; one tenant may fill what is left of them
+    to half. ``tenant_weights``: 1 for who is not named; twice the weight, twice the tokens while both wait.
+    ``max_wait_s``: who has waited so long goes first, whatever its tenant's share and its priority.
+    ``timeout_s``: of a row that names none.
     ``load_slack``: a replica is passed over when it holds more than ``(1 + load_slack) * mean + max_batch_rows`` rows.
     ``copy_penalty``: how many times its load time a second copy of a resident adapter must save.
+    ``patience``: a call that takes so many times as long as it should have, and ``min_patience_s``, is sent to another
+    replica as well; ``retry_budget``: of all rows, how many may be sent again.
+    ``warm_up_s``: how long a new replica may take to load what is asked for most, before it gets rows.
     """
 
     max_batch_rows: int = 32
+    max_batch_tokens: int = 16_384
+    max_padding: float = 0.25
     batch_wait_s: float = 0.002
     calls_per_replica: int = 2
+    cold_calls_per_replica: int = 64
     max_queued_rows: int = 10_000
+    max_queued_tokens: int = 4_000_000
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    max_wait_s: float = 2.0
+    timeout_s: float = 60.0
     load_slack: float = 0.25
     copy_penalty: float = 4.0
+    patience: float = 8.0
+    min_patience_s: float = 1.0
+    retry_budget: float = 0.1
+    warm_up_s: float = 30.0
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)}, must be at least {low}"
             for name, low in (
                 ("max_batch_rows", 1),
+                ("max_batch_tokens", 1),
+                ("max_padding", 0),
                 ("batch_wait_s", 0),
                 ("calls_per_replica", 1),
+                ("cold_calls_per_replica", 1),
                 ("max_queued_rows", 1),
+                ("max_queued_tokens", 1),
+                ("max_wait_s", 0),
+                ("timeout_s", 0),
                 ("load_slack", 0),
                 ("copy_penalty", 1),
+                ("patience", 1),
+                ("min_patience_s", 0),
+                ("retry_budget", 0),
+                ("warm_up_s", 0),
             )
-            if getattr(self, name) < low
+            if not getattr(self, name) >= low
         ]
+        problems += [
+            f"tenant_weights[{tenant!r:.80}] is {weight}, must be more than 0"
+            for tenant, weight in self.tenant_weights.items()
+            if not weight > 0
+        ]
+        object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))  # nobody else's to change
         if problems:
             raise ValueError("RoutingConfig: " + "; ".join(problems))
 

@@ -10,7 +10,8 @@
     ├── AdapterRejected           422  the adapter cannot be served exactly; ``problems`` lists every reason
     ├── AdapterFailed             424  a registered adapter cannot be had or served; ``problems`` repeat the reasons
     ├── InternalError             500  our fault; nothing about it is the caller's
-    ├── Overloaded                503  the queue is full
+    ├── Overloaded                429  too much waits already; ``retry_after_s`` says when to come again
+    ├── DeadlineExceeded          504  the row's time was over before its answer was there
     ├── AdapterUnavailable        503  a registered adapter could not be fetched or read just now
     ├── CatalogUnavailable        503  the catalog's database does not answer
     └── ReplicaLost               503  the replica died, and so did the one that took over
@@ -122,9 +123,25 @@ class InternalError(AdapterRouterError):
 
 
 class Overloaded(AdapterRouterError):
+    """``retry_after_s``: seconds until what waits now will have been served."""
+
     code = "overloaded"
-    type = "ServiceUnavailableError"
-    status = 503
+    type = "RateLimitError"
+    status = 429
+    retryable = True
+
+    def __init__(
+        self, message: str, param: str | None = None, problems: Sequence[str] = (), retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, param, problems)
+        self.args = (message, param, tuple(problems), retry_after_s)  # what it is pickled by
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(AdapterRouterError):
+    code = "deadline_exceeded"
+    type = "TimeoutError"
+    status = 504
     retryable = True
 
 

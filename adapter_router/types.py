@@ -68,6 +68,8 @@ class Row:
     the adapter of a mix whose saved modules (classifier…), labels and settings answer; only needed where more than one
     could. ``task`` is only needed where it cannot be inferred. ``sticky_key``: rows with the same one get the same
     version of an adapter whose traffic is split between several; without it every row is a draw of its own.
+    ``tenant``: who shares with whom; of those who wait each gets its share. ``priority``: of one tenant and adapter
+    lower values go first. ``timeout_s``: seconds, from when the row is handed over, after which nobody waits for it.
     ``parameters``, each for the tasks it concerns:
 
     - texts: ``truncate_prompt_tokens`` (int, -1 for the base's own limit) cuts a long text instead of refusing it
@@ -86,6 +88,9 @@ class Row:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     head: str | None = None
     sticky_key: str | None = None
+    tenant: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what could not even be looked at; values are checked where the row is encoded."""
@@ -95,6 +100,9 @@ class Row:
             ("parameters", (Mapping,)),
             ("head", (str, NoneType)),
             ("sticky_key", (str, NoneType)),
+            ("tenant", (str,)),
+            ("priority", (int,)),
+            ("timeout_s", (int, float, NoneType)),
         )
         for name, allowed in kinds:
             if not isinstance(getattr(self, name), allowed):
@@ -229,16 +237,30 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class ShardReply:
-    """A replica's answer to one shard: outcomes in the shard's order, and what has changed in ``replica`` since.
+class ReplicaLoad:
+    """How busy a replica is, whoever sends it rows.
 
-    ``load_s``: mean time the replica needs to load an adapter.
+    ``rows``: those it has taken and not answered yet. ``load_s``: mean time it needs to load an adapter.
+    ``loading_fraction``: of the last seconds, the part in which it was loading any. ``evictions_s``: a second.
+    ``used_bytes`` of ``capacity_bytes``: of its device's memory for adapters.
     """
+
+    rows: int = 0
+    load_s: float = 0.05
+    loading_fraction: float = 0.0
+    evictions_s: float = 0.0
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ShardReply:
+    """A replica's answer to one shard: outcomes in the shard's order, and what has changed in ``replica`` since."""
 
     replica: str
     outcomes: list[RowOutcome]
     residency: ResidencyChange
-    load_s: float
+    load: ReplicaLoad = ReplicaLoad()
 
 
 @dataclass(frozen=True)

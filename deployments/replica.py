@@ -21,7 +21,16 @@ from adapter_router.engine import Engine
 from adapter_router.engine.loading import SWITCH_INTERVAL_S
 from adapter_router.errors import AdapterRouterError
 from adapter_router.metrics import exposition
-from adapter_router.types import AdapterVersion, BaseInfo, Capacity, HeldAdapter, LoadReport, Row, ShardReply
+from adapter_router.types import (
+    AdapterVersion,
+    BaseInfo,
+    Capacity,
+    HeldAdapter,
+    LoadReport,
+    ReplicaLoad,
+    Row,
+    ShardReply,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +58,7 @@ class Replica:
     async def infer(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int) -> ShardReply:
         """One shard: outcomes in order, and what has changed on the device since ``known``."""
         outcomes = await self._in_thread(self._engine.infer_versions, rows, versions)
-        return ShardReply(self._name, outcomes, self._engine.changes(known), self._engine.load_s)
+        return ShardReply(self._name, outcomes, self._engine.changes(known), ReplicaLoad(load_s=self._engine.load_s))
 
     async def admit(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport | AdapterRouterError:
         """Check a stored adapter against the base; ``resident``: and load it here."""

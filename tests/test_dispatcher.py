@@ -48,7 +48,7 @@ class Replicas:
         if replica in self.dying:
             raise ReplicaLost(f"{replica} is gone")
         self.resident[replica] |= digests
-        return ShardReply(replica, [self._answer(row) for row in rows], self._residency(replica), 0.01)
+        return ShardReply(replica, [self._answer(row) for row in rows], self._residency(replica))
 
     def _residency(self, replica: str) -> ResidencyChange:
         return ResidencyChange(len(self.calls), frozenset(self.resident[replica]), complete=True)
@@ -324,7 +324,7 @@ def test_a_replica_that_leaves_the_list_and_returns_is_counted_right() -> None:
 def test_a_short_reply_leaves_nobody_waiting() -> None:
     async def scenario() -> None:
         async def send(replica: str, *_: object) -> ShardReply:
-            return ShardReply(replica, [], ResidencyChange(0), 0.01)
+            return ShardReply(replica, [], ResidencyChange(0))
 
         router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
         (outcome,) = await router.submit([(Row("x"), None)])

@@ -25,7 +25,8 @@ def loop() -> Iterator[None]:
 
 def waiting(tenant: str = "t", adapter: str = "a", arrived: float = 0.0, tokens: int = 1, priority: int = 0) -> Waiting:
     version = replace(VERSION, adapter=adapter, digest=f"sha256:{adapter}")
-    return Waiting(Row("", adapter), version, arrived, LOOP.create_future(), tenant, tokens, priority)
+    row = Row("", adapter, tenant=tenant, priority=priority)
+    return Waiting(row, version, arrived, LOOP.create_future(), tokens)
 
 
 def drained(queue: FairQueue, count: int, now: float = 0.0) -> list[Waiting]:
@@ -81,7 +82,7 @@ def test_the_urgent_go_first_and_the_late_before_them() -> None:
     patient = waiting(arrived=0)
     queue.put(patient)
     for second in range(1, 30):
-        queue.put(waiting(arrived=second, priority=1))
+        queue.put(waiting(arrived=second, priority=-1))
     assert patient not in drained(queue, 5, now=9.9)
     assert drained(queue, 1, now=10.0) == [patient]
 

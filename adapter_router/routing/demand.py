@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import OrderedDict
 
@@ -28,6 +29,10 @@ class Demand:
     def rate(self, key: str, now: float) -> float:
         """Amount per second: of what comes evenly, its rate, once it has come for a few half-lives."""
         return self._weight(key, now) * self._fade
+
+    def hottest(self, count: int, now: float) -> list[str]:
+        """The ``count`` keys of the highest rates, highest first. Looks at all that is remembered."""
+        return heapq.nlargest(count, self._noted, key=lambda key: self._weight(key, now))
 
     def _weight(self, key: str, now: float) -> float:
         amount, then = self._noted.get(key, (0.0, now))

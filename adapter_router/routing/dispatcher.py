@@ -218,7 +218,7 @@ class Dispatcher:
             row_s = (self._clock() - start) / len(shard.rows)
         if len(reply.outcomes) != len(shard.rows):
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(shard.rows)} rows")
-        self.fleet.observe(reply.replica, reply.residency, row_s, reply.load_s)
+        self.fleet.observe(reply.replica, reply.residency, row_s, reply.load.load_s)
         _resolve(shard.rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
 
     async def _redispatch_or_fail(self, shard: _Shard, lost: ReplicaLost) -> None:

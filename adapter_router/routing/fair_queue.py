@@ -56,7 +56,7 @@ class FairQueue:
     def put(self, entry: Waiting) -> None:
         """Add a row, or one that was taken out in vain, in its old place."""
         number = next(self._numbers)
-        own = _Place((-entry.priority, entry.arrived, number), entry)
+        own = _Place((entry.row.priority, entry.arrived, number), entry)
         arrival = _Place((entry.arrived, number), entry)
         self._places[id(entry)] = own, arrival
         heapq.heappush(self._arrivals, arrival)

@@ -10,22 +10,25 @@ from adapter_router.types import AdapterVersion, Row, RowOutcome
 
 @dataclass(eq=False)
 class Waiting:
-    """``answer`` is done early when its caller has gone. ``tokens``: an estimate, nobody tokenises in the router.
+    """``answer`` is done early when its caller has gone or its time is over.
 
-    ``arrived`` and ``deadline`` in seconds of the dispatcher's clock. Of one tenant and adapter rows of a higher
-    ``priority`` go first.
+    ``tokens``: an estimate, nobody tokenises in the router. ``arrived`` and ``deadline`` in seconds of the dispatcher's
+    clock.
     """
 
     row: Row
     version: AdapterVersion | None
     arrived: float
     answer: asyncio.Future[RowOutcome] = field(repr=False)
-    tenant: str = ""
     tokens: int = 1
-    priority: int = 0
-    deadline: float | None = None
+    deadline: float = float("inf")
 
     @property
     def digest(self) -> str | None:
         """Of its adapter's content; None is the bare base."""
         return self.version.digest if self.version else None
+
+    @property
+    def tenant(self) -> str:
+        """Whose share it is served from."""
+        return self.row.tenant

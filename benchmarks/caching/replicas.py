@@ -16,7 +16,7 @@ from adapter_router.engine.slots import SlotTable
 from adapter_router.engine.tiers import Tiers
 from adapter_router.engine.transfer import Transfer
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion, Classification, Row, RowResult, ShardReply
+from adapter_router.types import AdapterVersion, Classification, ReplicaLoad, Row, RowResult, ShardReply
 from benchmarks.caching.tally import LOAD_S, RUN_S, SLOTS, Tally
 
 _LOADERS = 2  # of one replica: our default
@@ -53,7 +53,7 @@ class SleepingReplica:
         assert len(adapters) == len(rows)
         await self._run(Counter(adapters))
         results = [RowResult(_OUTPUT, np.zeros(1), adapter, adapter, 1) for adapter in adapters]
-        return ShardReply(self.name, [*results], self._tiers.changes(known), LOAD_S)
+        return ShardReply(self.name, [*results], self._tiers.changes(known), ReplicaLoad(load_s=LOAD_S))
 
     async def answer(self, adapter: str) -> None:
         """One request for one adapter."""
