@@ -69,11 +69,10 @@ class RouterMetrics:
     def __init__(self, max_adapter_series: int = 100) -> None:
         self.registry = CollectorRegistry()
         self.rows = _counter(self, "rows", "Rows accepted")
-        self.batches = _counter(self, "batches", "Batches formed")
+        self.batches = _counter(self, "batches", "Batches sent, each in one call of one replica")
         self.batch_rows = _histogram(self, "batch_rows", "Rows in a batch", _ROW_BUCKETS)
         self.batch_adapters = _histogram(self, "batch_adapters", "Distinct adapters in a batch", _ROW_BUCKETS)
-        self.shards = _counter(self, "shards", "Replica calls made for batches")
-        self.retries = _counter(self, "shard_retries", "Shards sent again because their replica was lost")
+        self.retried = _counter(self, "retried_rows", "Rows sent again because their replica was lost or late")
         self.queue_seconds = _histogram(self, "queue_seconds", "Time a row waited for its batch", _SECONDS_BUCKETS)
         self.row_seconds = _histogram(self, "row_seconds", "Time from a row's arrival to its answer", _SECONDS_BUCKETS)
         self.errors = _counter(self, "row_errors", "Rows answered with an error, by code", "code")

@@ -3,9 +3,9 @@
 # No postponed annotations in this module: Serve reads the type of build's argument from its signature.
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -13,6 +13,7 @@ from adapter_router.catalog.records import AdapterSpec
 from adapter_router.config import CatalogConfig, EngineConfig, QuantizationConfig, RoutingConfig, SourceConfig
 from adapter_router.types import Source, TaskKind
 from deployments.api import build_http
+from deployments.autoscaling import Knobs, for_replicas, for_routers
 from deployments.replica import MAX_CALLS, Replica
 from deployments.router import Router
 
@@ -45,11 +46,22 @@ class RoutingArgs(_Strict):
     """Fields and defaults of ``RoutingConfig``."""
 
     max_batch_rows: int = RoutingConfig.max_batch_rows
+    max_batch_tokens: int = RoutingConfig.max_batch_tokens
+    max_padding: float = RoutingConfig.max_padding
     batch_wait_s: float = RoutingConfig.batch_wait_s
     calls_per_replica: int = RoutingConfig.calls_per_replica
+    cold_calls_per_replica: int = RoutingConfig.cold_calls_per_replica
     max_queued_rows: int = RoutingConfig.max_queued_rows
+    max_queued_tokens: int = RoutingConfig.max_queued_tokens
+    tenant_weights: dict[str, float] = {}
+    max_wait_s: float = RoutingConfig.max_wait_s
+    timeout_s: float = RoutingConfig.timeout_s
     load_slack: float = RoutingConfig.load_slack
     copy_penalty: float = RoutingConfig.copy_penalty
+    patience: float = RoutingConfig.patience
+    min_patience_s: float = RoutingConfig.min_patience_s
+    retry_budget: float = RoutingConfig.retry_budget
+    warm_up_s: float = RoutingConfig.warm_up_s
 
 
 class QuantizationArgs(_Strict):
@@ -59,11 +71,39 @@ class QuantizationArgs(_Strict):
     bits_pattern: dict[str, int] = {}
 
 
+class AutoscalingArgs(_Strict):
+    """Fields and defaults of ``Knobs``. The application needs ``POLICY`` as its ``autoscaling_policy``, too."""
+
+    max_replicas: int
+    min_replicas: int = Knobs.min_replicas
+    memory_fill: float = Knobs.memory_fill
+    target_tokens_per_replica: int = Knobs.target_tokens_per_replica
+    max_loading_fraction: float = Knobs.max_loading_fraction
+    max_evictions_s: float = Knobs.max_evictions_s
+    max_misses_s: float = Knobs.max_misses_s
+    max_wait_s: float = Knobs.max_wait_s
+    upscale_delay_s: float = Knobs.upscale_delay_s
+    downscale_delay_s: float = Knobs.downscale_delay_s
+    downscale_to_zero_delay_s: float = Knobs.downscale_to_zero_delay_s
+    downscale_margin: float = Knobs.downscale_margin
+    settle_s: float = Knobs.settle_s
+    report_interval_s: float = Knobs.report_interval_s
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.knobs()
+        return self
+
+    def knobs(self) -> Knobs:
+        """As the policy knows them. Raises ValueError with all that is wrong."""
+        return Knobs(**self.model_dump())
+
+
 class BaseArgs(_Strict):
     """One base model and its replicas. Engine fields are those of ``EngineConfig``.
 
     ``num_cpus`` and ``num_gpus`` are what Ray reserves for each replica; ``num_gpus`` may be a fraction.
-    ``autoscaling`` is Ray Serve's ``autoscaling_config`` (``min_replicas``, ``max_replicas``…), not ``replicas``.
+    ``replicas`` is how many there are, unless ``autoscaling`` says between how many.
     """
 
     base: str
@@ -75,7 +115,7 @@ class BaseArgs(_Strict):
     loader_threads: int = EngineConfig.loader_threads
     num_threads: int | None = None
     replicas: Annotated[int, Field(ge=1)] = 1
-    autoscaling: dict[str, Any] | None = None
+    autoscaling: AutoscalingArgs | None = None
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     quantization: QuantizationArgs | None = None
@@ -126,6 +166,16 @@ class AppArgs(BaseArgs):
     routers: PositiveInt = 1
     routing: RoutingArgs = RoutingArgs()
 
+    @property
+    def bases(self) -> list[BaseArgs]:
+        """All of them, the first one first."""
+        return [self, *self.more_bases]
+
+    @property
+    def autoscaled(self) -> list[Knobs]:
+        """Of the bases whose number of replicas is decided by adapter load."""
+        return [base.autoscaling.knobs() for base in self.bases if base.autoscaling is not None]
+
 
 _LARGEST = 4  # times what a device has room for: a file may be float64 where two bytes are served
 
@@ -133,15 +183,19 @@ _LARGEST = 4  # times what a device has room for: a file may be float64 where tw
 def build(args: AppArgs) -> serve.Application:
     """The application: routers with HTTP in front of replicas of every base."""
     catalog = catalog_of(args)
+    scale: dict[str, Any] = {"num_replicas": args.routers}
+    if args.autoscaled:
+        interval_s = min(knobs.report_interval_s for knobs in args.autoscaled)
+        scale = {"autoscaling_config": for_routers(args.routers, interval_s)}
     router = serve.deployment(
         serve.ingress(build_http)(Router),
         name="router",
-        num_replicas=args.routers,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_wait_loop_s=0.1,
+        **scale,
     )
-    replicas = [_replicas(base, number, args, catalog) for number, base in enumerate([args, *args.more_bases])]
+    replicas = [_replicas(base, number, args, catalog) for number, base in enumerate(args.bases)]
     routing = RoutingConfig(**args.routing.model_dump())
     return router.bind(replicas, routing, catalog, [adapter.spec() for adapter in args.adapters])
 
@@ -152,7 +206,7 @@ def catalog_of(args: AppArgs) -> CatalogConfig:
         url=args.catalog,
         store_dir=Path(args.store_dir),
         store_bytes=args.store_bytes,
-        max_adapter_bytes=_LARGEST * max(base.adapter_memory_bytes for base in (args, *args.more_bases)),
+        max_adapter_bytes=_LARGEST * max(base.adapter_memory_bytes for base in args.bases),
         sources=SourceConfig(**args.sources.model_dump()),
         manifest=Path(args.manifest) if args.manifest else None,
     )
@@ -162,7 +216,7 @@ def _replicas(base: BaseArgs, number: int, args: AppArgs, catalog: CatalogConfig
     """Replicas of one base; the first base's deployment has no number."""
     scale: dict[str, Any] = {"num_replicas": base.replicas}
     if base.autoscaling is not None:
-        scale = {"autoscaling_config": base.autoscaling}
+        scale = {"autoscaling_config": for_replicas(base.autoscaling.knobs())}
     deployment = serve.deployment(
         Replica,
         name=f"replica-{number}" if number else "replica",

@@ -18,6 +18,7 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, AdapterUnavailable, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.routing.fleet import Member
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply
 from deployments import replica_view
 
@@ -39,7 +40,7 @@ class Pool:
         self, replicas: DeploymentHandle, base: BaseInfo, routing: RoutingConfig, metrics: RouterMetrics
     ) -> None:
         self.base = base
-        self.dispatcher = Dispatcher(self._send, self.living, routing, metrics)
+        self.dispatcher = Dispatcher(self._send, self._members, routing, metrics, self._warm)
         self._replicas = replicas
         self._checks = asyncio.Semaphore(_CHECKS)
 
@@ -48,15 +49,24 @@ class Pool:
         """Waits for a replica: the base is what it says it serves."""
         return cls(replicas, await replicas.info.remote(), routing, metrics)
 
+    @property
+    def deployment(self) -> str:
+        """The name of the replicas' deployment."""
+        return str(self._replicas.deployment_name)
+
     def living(self) -> tuple[str, ...]:
         """The living replicas."""
-        return replica_view.replicas(self._replicas.app_name, self._replicas.deployment_name)
+        return tuple(member.replica for member in self._members())
 
     async def call(self, replica: str, method: str, *args: Any, by_reference: bool = False) -> Any:
         """Call one replica. Raises ReplicaLost when it is gone."""
         handle = self._replicas.options(method_name=method, session_id=replica, _by_reference=by_reference)
+        response = handle.remote(*args)
         try:
-            return await handle.remote(*args)
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # Serve does not by itself
+            raise
         except _LOST as error:
             raise ReplicaLost(f"replica {replica} was lost; try again") from error
 
@@ -97,6 +107,15 @@ class Pool:
         if resident:
             self.dispatcher.fleet.loaded(replica, stored.digest)
         return report
+
+    def _members(self) -> tuple[Member, ...]:
+        return replica_view.members(self._replicas.app_name, self._replicas.deployment_name)
+
+    async def _warm(self, replica: str, version: AdapterVersion) -> None:
+        """Have one replica load an adapter. Raises why it cannot."""
+        error: AdapterRouterError | None = await self.call(replica, "warm", version)
+        if error is not None:
+            raise error
 
     async def _send(
         self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int

@@ -5,14 +5,16 @@ A module of its own because Serve pickles the request router's module by value: 
 
 from __future__ import annotations
 
-_replicas: dict[tuple[str, str], tuple[str, ...]] = {}
+from adapter_router.routing.fleet import Member
+
+_members: dict[tuple[str, str], tuple[Member, ...]] = {}
 
 
-def publish(app: str, deployment: str, replicas: tuple[str, ...]) -> None:
+def publish(app: str, deployment: str, members: tuple[Member, ...]) -> None:
     """Replace the snapshot of one deployment; called from Serve's own event loop."""
-    _replicas[app, deployment] = replicas
+    _members[app, deployment] = members
 
 
-def replicas(app: str, deployment: str) -> tuple[str, ...]:
-    """Unique ids of the living replicas; empty before Serve's first word."""
-    return _replicas.get((app, deployment), ())
+def members(app: str, deployment: str) -> tuple[Member, ...]:
+    """The living replicas; empty before Serve's first word."""
+    return _members.get((app, deployment), ())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from adapter_router.routing.fleet import Member
 from deployments import replica_view
 
 
@@ -55,5 +56,12 @@ class PinnedRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no 
             attempt += 1
 
     def _publish(self) -> None:
-        living = tuple(replica_id.unique_id for replica_id in self._replicas)
+        living = tuple(_member(replica) for replica in self._replicas.values())
         replica_view.publish(self._deployment_id.app_name, self._deployment_id.name, living)
+
+
+def _member(replica: RunningReplica) -> Member:
+    """As ``Replica.record_replica_metadata`` describes it."""
+    metadata = replica.replica_metadata or {}
+    name = replica.replica_id.unique_id
+    return Member(name, metadata.get("home", name), metadata.get("weight", 1.0))

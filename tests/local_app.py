@@ -18,6 +18,7 @@ from ray import serve
 
 from adapter_router.catalog.records import AdapterSpec
 from adapter_router.config import CatalogConfig, EngineConfig, RoutingConfig
+from adapter_router.routing.fleet import Member
 from deployments import replica_view
 from deployments.api import build_http
 from deployments.replica import Replica
@@ -35,10 +36,9 @@ class LocalMethod:
     name: str
     replica: str | None = None
 
-    def remote(self, *args: Any) -> Coroutine[Any, Any, Any]:
+    def remote(self, *args: Any) -> asyncio.Task[Any]:
         chosen = self.replicas[self.replica] if self.replica else next(iter(self.replicas.values()))
-        call: Coroutine[Any, Any, Any] = getattr(chosen, self.name)(*args)
-        return call
+        return asyncio.get_running_loop().create_task(getattr(chosen, self.name)(*args))
 
 
 class LocalHandle:
@@ -50,7 +50,7 @@ class LocalHandle:
         self.deployment_name = deployment_name
         self.replicas = replicas
         self.info = LocalMethod(replicas, "info")
-        replica_view.publish(APP, deployment_name, tuple(replicas))
+        replica_view.publish(APP, deployment_name, tuple(Member(name, name) for name in replicas))
 
     def options(self, *, method_name: str, session_id: str, **_: Any) -> LocalMethod:
         return LocalMethod(self.replicas, method_name, session_id)
@@ -85,7 +85,7 @@ class LocalApp:
         """Let the router know of a replica of the first base."""
         handle: Any = self.router.bases.first._replicas
         handle.replicas[name] = self.replicas[name]
-        replica_view.publish(APP, handle.deployment_name, tuple(handle.replicas))
+        replica_view.publish(APP, handle.deployment_name, tuple(Member(each, each) for each in handle.replicas))
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

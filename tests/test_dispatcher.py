@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import InternalError, InvalidRequest, Overloaded, ReplicaLost
+from adapter_router.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.routing.fleet import Member, ReplicaState
 from adapter_router.types import AdapterVersion, ResidencyChange, Row, RowOutcome, RowResult, ShardReply
 
 ANSWER: Any = {"label": "x", "score": 1.0, "probs": [1.0], "num_classes": 1}
@@ -67,7 +68,11 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def dispatcher(replicas: Replicas, metrics: RouterMetrics | None = None, **config: Any) -> Dispatcher:
-    return Dispatcher(replicas.send, lambda: replicas.living, RoutingConfig(**config), metrics or RouterMetrics())
+    return Dispatcher(replicas.send, lambda: members(*replicas.living), RoutingConfig(**config), metrics or RouterMetrics())
+
+
+def members(*names: str) -> list[Member]:
+    return [Member(name, name) for name in names]
 
 
 def rows(count: int, adapters: int) -> list[tuple[Row, AdapterVersion | None]]:
@@ -92,7 +97,7 @@ def test_one_call_per_batch_and_replica_and_the_callers_order() -> None:
         assert sorted(used) == sorted(set(used)) and len(used) == 3, "one batch: one call for each replica"
         for replica, sent in replicas.calls:
             assert {f"sha256:{row.adapter}" for row in sent} <= replicas.resident[replica]
-        assert metrics.registry.get_sample_value("adapter_router_batches_total") == 1
+        assert metrics.registry.get_sample_value("adapter_router_batches_total") == 3
         await router.close()
 
     run(scenario())
@@ -165,17 +170,18 @@ def test_a_stuck_load_leaves_room_for_the_others() -> None:
                 calls["stuck"] += 1
                 await asyncio.Event().wait()
             return ShardReply(
-                replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0), 1
+                replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0)
             )
 
-        router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
+        router = Dispatcher(send, lambda: members("r0"), RoutingConfig(), RouterMetrics())
         stuck = []
         for _ in range(100):
             stuck.append(asyncio.create_task(router.submit([(Row("x", "stuck"), version("stuck"))])))
             await asyncio.sleep(0.003)  # each in a batch of its own
-        assert len(router.fleet.states()[0].loading) == 1
+        (state,) = router.fleet.states()
+        assert len(state.loading) == 1
         assert labels(await router.submit(rows(3, 3))) == ["x"] * 3
-        assert calls["stuck"] == 2 and not any(task.done() for task in stuck)
+        assert calls["stuck"] == 1 and not any(task.done() for task in stuck)
         await router.close()
         for task in stuck:
             task.cancel()
@@ -193,19 +199,31 @@ def test_a_lost_replicas_rows_are_answered_elsewhere() -> None:
         assert {o.replica for o in outcomes if isinstance(o, RowResult)} == {"r1"}
         answered = Counter(str(row.inputs) for replica, sent in replicas.calls if replica == "r1" for row in sent)
         assert set(answered.values()) == {1}
-        assert metrics.registry.get_sample_value("adapter_router_shard_retries_total") > 0  # type: ignore[operator]
+        assert metrics.registry.get_sample_value("adapter_router_retried_rows_total") > 0  # type: ignore[operator]
         await router.close()
 
     run(scenario())
 
 
-def test_rows_are_carried_elsewhere_only_once() -> None:
+def test_rows_go_to_no_replica_that_has_been_lost() -> None:
     async def scenario() -> None:
         replicas = Replicas("r0", "r1")
         router = dispatcher(replicas)
         replicas.dying = {"r0", "r1"}
+        (outcome,) = await router.submit([(Row("x", "a", timeout_s=0.5), version("a"))])
+        assert isinstance(outcome, DeadlineExceeded) and len(replicas.calls) == 2, "they wait for a new one"
+        await router.close()
+
+    run(scenario())
+
+
+def test_rows_are_sent_three_times_at_most() -> None:
+    async def scenario() -> None:
+        replicas = Replicas(*(f"r{number}" for number in range(6)))
+        router = dispatcher(replicas)
+        replicas.dying = set(replicas.living)
         (outcome,) = await router.submit([(Row("x", "a"), version("a"))])
-        assert isinstance(outcome, ReplicaLost) and len(replicas.calls) == 2
+        assert isinstance(outcome, ReplicaLost) and len(replicas.calls) == 3, "it may be the row that kills them"
         await router.close()
 
     run(scenario())
@@ -260,14 +278,15 @@ def test_a_fault_in_dispatching_costs_one_batch_only() -> None:
 def test_a_full_queue_refuses_at_once() -> None:
     async def scenario() -> None:
         replicas = Replicas("r0", seconds=0.2)
-        router = dispatcher(replicas, max_queued_rows=5, max_batch_rows=1, calls_per_replica=1)
+        router = dispatcher(replicas, max_queued_rows=12, max_batch_rows=1, calls_per_replica=1)
         first = [asyncio.create_task(router.submit([(Row("0"), None)]))]
-        await asyncio.sleep(0.05)  # it has left the queue and keeps the replica busy
         first += [asyncio.create_task(router.submit([(Row(str(i)), None)])) for i in range(1, 6)]
         await asyncio.sleep(0.01)
         (refused,) = await router.submit([(Row("x"), None)])
-        assert isinstance(refused, Overloaded) and refused.retryable
+        assert isinstance(refused, Overloaded) and refused.retryable, "half of the room is left for other tenants"
+        other = asyncio.create_task(router.submit([(Row("other", tenant="other"), None)]))
         assert [labels(await task) for task in first] == [[str(i)] for i in range(6)]
+        assert labels(await other) == ["other"]
         await router.close()
 
     run(scenario())
@@ -326,7 +345,7 @@ def test_a_short_reply_leaves_nobody_waiting() -> None:
         async def send(replica: str, *_: object) -> ShardReply:
             return ShardReply(replica, [], ResidencyChange(0))
 
-        router = Dispatcher(send, lambda: ["r0"], RoutingConfig(), RouterMetrics())
+        router = Dispatcher(send, lambda: members("r0"), RoutingConfig(), RouterMetrics())
         (outcome,) = await router.submit([(Row("x"), None)])
         assert isinstance(outcome, InternalError)
         await router.close()
@@ -340,8 +359,9 @@ def test_calls_for_cold_adapters_are_bounded() -> None:
         router = dispatcher(replicas)
         rows_of_all = [(Row(str(i), f"a{i}"), version(f"a{i}")) for i in range(200)]
         pending = [asyncio.create_task(router.submit([row])) for row in rows_of_all]
-        await asyncio.sleep(0.2)
-        assert 0 < replicas.running["r0"] <= 64
+        while not replicas.running["r0"]:
+            await asyncio.sleep(0.01)
+        assert replicas.running["r0"] == 64
         assert [labels(await task) for task in pending] == [[str(i)] for i in range(200)]
         await router.close()
 
@@ -361,17 +381,13 @@ def test_more_rows_than_the_queue_ever_takes_are_the_callers_mistake() -> None:
 def test_a_fault_while_rows_are_sent_again_leaves_nobody_waiting() -> None:
     async def scenario() -> None:
         async def send(replica: str, *_: object) -> ShardReply:
-            broken.set()
+            router.fleet.least_loaded = broken  # type: ignore[method-assign]
             raise ReplicaLost(f"{replica} is gone")
 
-        def living() -> list[str]:
-            if broken.is_set():
-                broken.clear()
-                raise RuntimeError("a fault of ours")
-            return ["r0"]
+        def broken(_: int) -> list[ReplicaState]:
+            raise RuntimeError("a fault of ours")
 
-        broken = asyncio.Event()
-        router = Dispatcher(send, living, RoutingConfig(), RouterMetrics())
+        router = Dispatcher(send, lambda: members("r0", "r1"), RoutingConfig(), RouterMetrics())
         (outcome,) = await router.submit([(Row("x"), None)])
         assert isinstance(outcome, ReplicaLost)
         await router.close()

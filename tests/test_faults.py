@@ -43,7 +43,7 @@ def test_sigkilled_replicas_lose_nothing(app: Application) -> None:
             answered[number] += 1
 
     wait_for(lambda: len(serve_pids("replica")) == 2)
-    retries = app.metric("shard_retries_total")
+    retries = app.metric("retried_rows_total")
     callers = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(16)]
     for caller in callers:
         caller.start()
@@ -61,7 +61,7 @@ def test_sigkilled_replicas_lose_nothing(app: Application) -> None:
     assert not any(caller.is_alive() for caller in callers)
     assert failures == []
     assert sum(answered) > 100
-    assert app.metric("shard_retries_total") > retries, "the kills hit no call in flight: the test proved nothing"
+    assert app.metric("retried_rows_total") > retries, "the kills hit no call in flight: the test proved nothing"
 
 
 def test_a_new_replica_serves_adapters_loaded_before_its_time(app: Application) -> None:

@@ -12,6 +12,7 @@ from adapter_router.catalog.records import AdapterSpec
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterUnavailable
 from adapter_router.metrics import RouterMetrics
+from adapter_router.routing.fleet import Member
 from adapter_router.types import BaseInfo, Source
 from deployments import replica_view
 from deployments.pool import _CHECKS, Pool
@@ -29,10 +30,10 @@ class Replicas:
         self.deployment_name = f"replicas-{id(self)}"
         self.gate = asyncio.Event()
         self.running = 0
-        replica_view.publish(self.app_name, self.deployment_name, living)
+        replica_view.publish(self.app_name, self.deployment_name, tuple(Member(name, name) for name in living))
 
     def options(self, **_: object) -> Any:
-        return SimpleNamespace(remote=self._admit)
+        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(self._admit(*args)))
 
     async def _admit(self, *_: object) -> str:
         self.running += 1

@@ -203,7 +203,7 @@ def test_another_ray_application_calls_through_the_handle(app: Application) -> N
 
 
 def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> None:
-    """8 tenants, 64 callers: mixed batches form, and one handle call serves each (batch, replica)."""
+    """8 tenants, 64 callers: mixed batches form, and one handle call serves each."""
     extra = [random_adapter(tmp_path / f"extra-{i}", seed=i) for i in range(4)]
     for directory in extra:
         assert post(app, "/v1/load_lora_adapter", lora_name=directory.name, lora_path=str(directory))[0] == 200
@@ -211,7 +211,7 @@ def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> N
     rows = [Row(f"{TENANT_ROWS[i % 32].inputs} {i}", names[i % 8]) for i in range(640)]
     for name in names:  # on both replicas: rows that wait for a load travel in calls of their own
         assert app.http.put(f"/v1/adapters/{name}/pin", timeout=60).status_code == 200
-    counted = ("batches_total", "batch_adapters_sum", "shards_total", "engine_calls_total")
+    counted = ("batches_total", "batch_adapters_sum", "engine_calls_total")
     before = {name: app.metric(name) for name in counted}
     with ThreadPoolExecutor(64) as callers:
         outcomes = list(callers.map(lambda row: app.handle.infer.remote(row).result(timeout_s=120), rows))
@@ -219,8 +219,7 @@ def test_concurrent_callers_share_batches(app: Application, tmp_path: Path) -> N
     assert all(isinstance(outcome, RowResult) for outcome in outcomes)
     assert [o.adapter for o in outcomes] == [row.adapter for row in rows]
     assert after["batch_adapters_sum"] / after["batches_total"] > 2, after  # of 1 where a batch has one adapter
-    assert after["batches_total"] <= after["shards_total"] <= 2 * after["batches_total"], "at most one call a replica"
-    assert after["shards_total"] == after["engine_calls_total"]
+    assert after["batches_total"] == after["engine_calls_total"]
     assert Counter(o.replica for o in outcomes).keys() <= set(_replicas(app))
     for name in names:
         assert app.http.delete(f"/v1/adapters/{name}/pin", timeout=60).status_code == 200

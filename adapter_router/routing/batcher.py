@@ -1,59 +1,83 @@
-"""Rows that wait for a batch. Work-conserving: rows gather while replicas are busy, never because a timer says so."""
+"""Which rows make a batch, and when it may leave. Work-conserving: rows gather while replicas are busy.
+
+No timer holds a full batch, and none holds a row for long. No state but the configuration, no clock.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from dataclasses import dataclass, field
+from contextlib import closing
 
-from adapter_router.types import AdapterVersion, Row, RowOutcome
+from adapter_router.config import RoutingConfig
+from adapter_router.routing.fair_queue import FairQueue
+from adapter_router.routing.waiting import Waiting
 
-
-@dataclass
-class Waiting:
-    """One row in the router; ``answer`` is done early when its caller has gone."""
-
-    row: Row
-    version: AdapterVersion | None
-    arrived: float
-    answer: asyncio.Future[RowOutcome] = field(repr=False)
-
-    @property
-    def digest(self) -> str | None:
-        return self.version.digest if self.version else None
+_FREE_PADDING = 1 / 64  # of max_batch_tokens
 
 
 class Batcher:
-    """First in, first out. No clock of its own."""
+    """Rows leave in the queue's order, those of like length together."""
 
-    def __init__(self, max_batch_rows: int, batch_wait_s: float) -> None:
-        self._max_batch_rows = max_batch_rows
-        self._batch_wait_s = batch_wait_s
-        self._queue: deque[Waiting] = deque()
+    def __init__(self, config: RoutingConfig) -> None:
+        self._config = config
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def put(self, waiting: Waiting) -> None:
-        """Add a row at the end."""
-        self._queue.append(waiting)
-
-    def closes_in(self, now: float) -> float | None:
+    def closes_in(self, queue: FairQueue, now: float) -> float | None:
         """Seconds until a batch may leave for a free replica: 0 when it is full or its oldest row has waited enough.
 
         None when no row waits.
         """
-        if not self._queue:
+        oldest = queue.oldest
+        if oldest is None:
             return None
-        if len(self._queue) >= self._max_batch_rows:
+        if len(queue) >= self._config.max_batch_rows or queue.tokens >= self._config.max_batch_tokens:
             return 0.0
-        return max(0.0, self._queue[0].arrived + self._batch_wait_s - now)
+        return max(0.0, oldest.arrived + self._config.batch_wait_s - now)
 
-    def take(self, num_replicas: int) -> list[Waiting]:
-        """The oldest rows, a full batch for each of ``num_replicas``; rows nobody waits for any more are dropped."""
-        batch: list[Waiting] = []
-        while self._queue and len(batch) < self._max_batch_rows * num_replicas:
-            waiting = self._queue.popleft()
-            if not waiting.answer.done():
-                batch.append(waiting)
-        return batch
+    def take(self, queue: FairQueue, now: float) -> list[Waiting]:
+        """The rows of a batch, taken out and charged; rows nobody waits for any more are dropped.
+
+        The row whose turn it is always goes, however large. Others join while the batch, padded, stays within
+        ``max_batch_tokens`` and its padding within ``max_padding`` of it; padding of a 64th of ``max_batch_tokens`` is
+        always allowed, because it costs less than the forward that would be needed for the row left behind. Rows that
+        do not fit keep their places; tenants that have none are looked at until there are ``max_batch_rows`` of them.
+        """
+        batch = _Batch(self._config)
+        for _ in range(2):  # what was too much padding for a few rows may be little for many
+            if not batch.full:
+                self._fill(batch, queue, now)
+        return batch.rows
+
+    def _fill(self, batch: _Batch, queue: FairQueue, now: float) -> None:
+        with closing(queue.pops(now, batch.fits, self._config.max_batch_rows)) as turns:
+            for entry in turns:
+                if not entry.answer.done():
+                    queue.charge(entry)
+                    batch.add(entry)
+                    if batch.full:
+                        return
+
+
+class _Batch:
+    """Tokens are estimates, as in ``Waiting``."""
+
+    def __init__(self, config: RoutingConfig) -> None:
+        self.rows: list[Waiting] = []
+        self._config = config
+        self._tokens = 0
+        self._longest = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no row would fit, of whatever length."""
+        rows = len(self.rows)
+        return rows >= self._config.max_batch_rows or (rows + 1) * self._longest > self._config.max_batch_tokens
+
+    def fits(self, entry: Waiting) -> bool:
+        """Whether it may join; nobody waits for what is done, it fits anywhere."""
+        longest, tokens = max(self._longest, entry.tokens), self._tokens + entry.tokens
+        padded, limit = (len(self.rows) + 1) * longest, self._config.max_batch_tokens
+        few = padded - tokens <= max(self._config.max_padding * padded, _FREE_PADDING * limit)
+        return not self.rows or (padded <= limit and few) or entry.answer.done()
+
+    def add(self, entry: Waiting) -> None:
+        self.rows.append(entry)
+        self._longest, self._tokens = max(self._longest, entry.tokens), self._tokens + entry.tokens

@@ -1,4 +1,4 @@
-"""Rows in, outcomes out: forms batches, shards them over replicas, and carries a lost replica's rows elsewhere once."""
+"""Rows in, outcomes out: each row gets a replica when it comes, waits in its lane, and leaves in a batch."""
 
 from __future__ import annotations
 
@@ -7,264 +7,280 @@ import contextvars
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from adapter_router.config import RoutingConfig
-from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest, Overloaded, ReplicaLost
+from adapter_router.errors import InternalError
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.affinity import choose
-from adapter_router.routing.batcher import Batcher, Waiting
-from adapter_router.routing.demand import Demand
-from adapter_router.routing.fleet import Fleet, ReplicaState
-from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
+from adapter_router.routing.accounts import Accounts
+from adapter_router.routing.affinity import Wanted, choose
+from adapter_router.routing.calls import Call, Calls, Send
+from adapter_router.routing.fleet import Fleet, Member, ReplicaState
+from adapter_router.routing.joining import Joining, Warm
+from adapter_router.routing.lanes import Lane
+from adapter_router.routing.pressure import Pressure, RouterLoad
+from adapter_router.routing.waiting import Waiting
+from adapter_router.types import AdapterVersion, Row, RowOutcome
 
 logger = logging.getLogger(__name__)
 
-BASE_SERIES = "__base__"
-_POLL_S = 0.05  # how soon a change of the replica set is noticed while no reply comes in
-_REPLACEMENT_S = 30.0  # how long rows of a lost replica wait for another before they trust the same one again
-
-
-class Send(Protocol):
-    """One call of one replica, whose residency is known up to ``known``. Raises ReplicaLost when it is gone."""
-
-    async def __call__(
-        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
-    ) -> ShardReply: ...
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Rows of one batch for one replica. Those of each ``cold`` adapter travel apart: none waits for another's load."""
-
-    state: ReplicaState
-    cold: str | None
-    rows: list[Waiting]
-    retried: bool = False
+_POLL_S = 0.05  # how soon a change of the replica set is noticed
+_FADE_S = 0.5  # how often what other routers have under way counts less, if nothing is heard of it
 
 
 class Dispatcher:
-    """Routes rows to the replicas that ``list_replicas`` names. Lives on one event loop; ``clock`` gives seconds."""
+    """Routes rows to the replicas that ``list_members`` names. Lives on one event loop; ``clock`` gives seconds."""
 
     def __init__(
         self,
         send: Send,
-        list_replicas: Callable[[], Sequence[str]],
+        list_members: Callable[[], Sequence[Member]],
         config: RoutingConfig,
         metrics: RouterMetrics,
+        warm: Warm | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``warm``: has a new replica load an adapter before it gets rows; None: it gets rows at once."""
         self.fleet = Fleet()
         self._clock = clock
-        self._send = send
-        self._list_replicas = list_replicas
+        self._list_members = list_members
         self._config = config
         self._metrics = metrics
-        self._batcher = Batcher(config.max_batch_rows, config.batch_wait_s)
-        self._demand = Demand()
-        self._wake = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
-        # In an empty context: a task made here would otherwise inherit the first caller's request id, and Ray would
-        # cancel everybody's batches with that one request.
-        self._loop = asyncio.get_running_loop().create_task(self._dispatch(), context=contextvars.Context())
+        self._pressure = Pressure()
+        self._joining = Joining(self.fleet, self._pressure.demand, warm)
+        self._accounts = Accounts(config, metrics, self._pressure, clock)
+        self._calls = Calls(send, self.fleet, self, config, metrics, clock)
+        self._lanes: dict[str, Lane] = {}
+        self._homeless: list[Waiting] = []  # rows that no replica lives for
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._follow())
 
     def __len__(self) -> int:
-        """Rows that wait for a batch."""
-        return len(self._batcher)
+        """Rows that wait to be sent."""
+        return len(self._homeless) + sum(map(len, self._lanes.values()))
 
     async def close(self) -> None:
         """Stop dispatching; rows in flight are abandoned."""
-        for task in (self._loop, *self._running):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(self._loop, *self._running, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._calls.close()
 
-    async def submit(self, rows: Sequence[tuple[Row, AdapterVersion | None]]) -> list[RowOutcome]:
-        """Outcomes in the order of ``rows``. Cancelling the call drops those of its rows that have not left."""
-        if len(rows) > self._config.max_queued_rows:
-            limit = self._config.max_queued_rows
-            self._metrics.errors.labels(InvalidRequest.code).inc(len(rows))
-            return [InvalidRequest(f"{len(rows)} rows in one call, at most {limit} are taken") for _ in rows]
-        if len(self._batcher) + len(rows) > self._config.max_queued_rows:
-            self._metrics.errors.labels(Overloaded.code).inc(len(rows))
-            return [Overloaded(f"{len(self._batcher)} rows are waiting; try again later") for _ in rows]
-        now = self._clock()
-        loop = asyncio.get_running_loop()
-        waiting = [Waiting(row, version, now, loop.create_future()) for row, version in rows]
-        for entry in waiting:
-            self._batcher.put(entry)
-        self._metrics.rows.inc(len(rows))
-        self._wake.set()
-        outcomes = await asyncio.gather(*(entry.answer for entry in waiting))
-        self._account(waiting, outcomes, self._clock() - now)
-        return outcomes
+    async def submit(
+        self, rows: Sequence[tuple[Row, AdapterVersion | None]], together: bool = False
+    ) -> list[RowOutcome]:
+        """Outcomes in the order of ``rows``; ``together``: from one replica where one has all their adapters.
+
+        Cancelling the call takes back those of its rows that do not run yet.
+        """
+        entries = self._accounts.enter(rows)
+        accepted = [entry for entry in entries if not entry.answer.done()]
+        self._place(accepted, together)
+        timers = self._timers(accepted)
+        try:
+            return await asyncio.gather(*(entry.answer for entry in entries))
+        finally:
+            for timer in timers:
+                timer.cancel()
+            gone = [entry for entry in accepted if entry.answer.cancelled()]
+            self._accounts.cancelled(gone)
+            self._take_back(gone)
 
     async def home(self, digest: str) -> str:
         """The replica that should load an adapter nobody holds yet; waits for one to live."""
-        await self._other_than(None)
-        return choose(digest, 1, self.fleet.states(), self._config).replica
+        while (state := self._choice(digest, 1)) is None:
+            await asyncio.sleep(_POLL_S)
+            self._sync()
+        return state.replica
 
-    def _refresh(self) -> None:
-        self.fleet.sync(self._list_replicas())
-
-    async def _dispatch(self) -> None:
-        while True:
-            self._wake.clear()
-            await self._step()
-
-    async def _step(self) -> None:
-        """Start a batch if one may leave, else wait for a reason to look again."""
-        self._refresh()
-        closes_in = self._batcher.closes_in(self._clock())
-        free = self.fleet.free(self._config.calls_per_replica)
-        if closes_in == 0.0 and free:
-            self._start_or_fail(self._batcher.take(len(free)))
-        else:
-            await self._sleep(closes_in if free else _POLL_S)
-
-    def _start_or_fail(self, batch: Sequence[Waiting]) -> None:
-        """A fault of ours costs one batch, never the loop that everybody's rows depend on."""
-        try:
-            self._start(batch)
-        except Exception:
-            logger.exception("a batch of %d rows cannot be dispatched", len(batch))
-            _resolve(batch, [InternalError("the batch cannot be dispatched")] * len(batch))
-
-    async def _sleep(self, seconds: float | None) -> None:
-        """Until something happens, at most ``seconds``; None: while no row waits."""
-        try:
-            async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
-                await self._wake.wait()
-        except TimeoutError:
-            return
-
-    def _start(self, batch: Sequence[Waiting]) -> None:
-        if not batch:
-            return
+    def load(self) -> RouterLoad:
+        """What the rows of just now ask of the replicas."""
         now = self._clock()
-        for entry in batch:
-            self._metrics.queue_seconds.observe(now - entry.arrived)
-            if entry.digest is not None:
-                self._demand.note(entry.digest, 1.0, now)
-        shards = self._shards(batch)
-        # Cold shards wait for their adapters and form a batch of their own.
-        for cold in (False, True):
-            rows = [entry for shard in shards if (shard.cold is not None) == cold for entry in shard.rows]
-            if rows:
-                self._metrics.batches.inc()
-                self._metrics.batch_rows.observe(len(rows))
-                self._metrics.batch_adapters.observe(len({entry.digest for entry in rows}))
-        for shard in shards:
-            self._spawn(shard)
+        arrivals = [lane.oldest for lane in self._lanes.values()] + [entry.arrived for entry in self._homeless]
+        waited = max((now - arrived for arrived in arrivals if arrived is not None), default=0.0)
+        return self._pressure.load(len(self), self._accounts.tokens, waited, now)
 
-    def _shards(self, batch: Sequence[Waiting], avoid: str | None = None, retried: bool = False) -> list[_Shard]:
-        """Split ``batch`` by adapter and give each part its replica; parts of one replica travel together."""
-        states = [state for state in self.fleet.states() if state.replica != avoid]
-        now = self._clock()
-        by_adapter: dict[str | None, list[Waiting]] = defaultdict(list)
-        for entry in batch:
-            by_adapter[entry.digest].append(entry)
-        shards: dict[tuple[str, str | None], _Shard] = {}
-        with ExitStack() as expected:  # each choice sees the ones before it; ``_spawn`` counts them for good
-            for digest, entries in by_adapter.items():
-                rate = self._demand.rate(digest, now) if digest else 0.0
-                for start in range(0, len(entries), self._config.max_batch_rows):
-                    part = entries[start : start + self._config.max_batch_rows]
-                    state = choose(digest, len(part), states, self._config, rate)
-                    cold = None if state.holds(digest) else digest
-                    shards.setdefault((state.replica, cold), _Shard(state, cold, [], retried)).rows.extend(part)
-                    state.sent(len(part), cold)
-                    expected.callback(state.returned, len(part), cold)
-        return list(shards.values())
+    # -- what becomes of calls: see ``calls.Owner`` --------------------------------------------------------------
 
-    def _spawn(self, shard: _Shard) -> None:
-        shard.state.sent(len(shard.rows), shard.cold)
-        self._metrics.shards.inc()
-        task = asyncio.get_running_loop().create_task(self._run(shard), context=contextvars.Context())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+    def finish(self, rows: Sequence[Waiting], outcomes: Sequence[RowOutcome]) -> None:
+        """Answers; a row that waits elsewhere as well does so no more."""
+        self._take_back(entry for entry in self._accounts.finish(rows, outcomes) if entry.lane)
 
-    async def _run(self, shard: _Shard) -> None:
-        """Send a shard and answer its rows, whatever happens."""
-        lost = None
-        try:
-            await self._answer(shard)
-        except ReplicaLost as error:
-            lost = error
-        except AdapterRouterError as error:
-            _resolve(shard.rows, [error] * len(shard.rows))
-        except Exception as error:
-            logger.exception("replica %s failed on %d rows", shard.state.replica, len(shard.rows))
-            _resolve(shard.rows, [InternalError(f"the replica failed: {type(error).__name__}")] * len(shard.rows))
-        finally:
-            shard.state.returned(len(shard.rows), shard.cold)
-            self._wake.set()
-            if lost is None:  # nothing is left to do here unless the call was cancelled
-                _resolve(shard.rows, [InternalError("the call was cancelled")] * len(shard.rows))
-        if lost is not None:
-            await self._redispatch_or_fail(shard, lost)
+    def again(self, rows: Sequence[Waiting], avoid: str) -> None:
+        """Rows shall go to another replica than ``avoid``."""
+        self._assign([entry for entry in rows if entry.lane is None], avoid)
 
-    async def _answer(self, shard: _Shard) -> None:
-        rows, versions, state = [e.row for e in shard.rows], [e.version for e in shard.rows], shard.state
-        if shard.cold is not None:
-            async with state.turn(shard.cold):
-                reply = await self._send(state.replica, rows, versions, state.revision)
-            row_s = None
-        else:
-            start = self._clock()
-            reply = await self._send(state.replica, rows, versions, state.revision)
-            row_s = (self._clock() - start) / len(shard.rows)
-        if len(reply.outcomes) != len(shard.rows):
-            raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(shard.rows)} rows")
-        self.fleet.observe(reply.replica, reply.residency, row_s, reply.load.load_s)
-        _resolve(shard.rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
+    def suspected(self, state: ReplicaState) -> None:
+        """What waits for a replica that does not answer goes elsewhere."""
+        if (lane := self._lanes.get(state.replica)) is not None:
+            self._move(lane.drain(), state.replica)
 
-    async def _redispatch_or_fail(self, shard: _Shard, lost: ReplicaLost) -> None:
-        """As ``_start_or_fail``: whatever goes wrong on the way, nobody is left waiting."""
-        try:
-            await self._redispatch(shard, lost)
-        except Exception:
-            logger.exception("%d rows of lost replica %s cannot be sent again", len(shard.rows), shard.state.replica)
-            _resolve(shard.rows, [lost] * len(shard.rows))
+    def returned(self, call: Call) -> None:
+        """A replica has room again, and an adapter that rows waited for has come, or not."""
+        lane = self._lanes.get(call.state.replica)
+        if lane is not None:
+            self._move(lane.returned(call))
+            lane.wake.set()
 
-    async def _redispatch(self, shard: _Shard, error: ReplicaLost) -> None:
-        """Send a lost replica's rows to another, once: inference has no side effects."""
-        if shard.retried:
-            _resolve(shard.rows, [error] * len(shard.rows))
-            return
-        self._metrics.retries.inc()
-        avoid = await self._other_than(shard.state.replica)
-        entries = [entry for entry in shard.rows if not entry.answer.done()]
-        for again in self._shards(entries, avoid=avoid, retried=True):
-            self._spawn(again)
+    # -- replicas ------------------------------------------------------------------------------------------------
 
-    async def _other_than(self, replica: str | None) -> str | None:
-        """Wait for a living replica besides ``replica``; None when that one comes back and stays the only one."""
-        deadline = self._clock() + _REPLACEMENT_S
+    async def _follow(self) -> None:
+        heard = self._clock()
         while True:
-            self._refresh()
-            living = {state.replica for state in self.fleet.states()}
-            if living - {replica}:
-                return replica
-            if living and self._clock() > deadline:
-                return None
+            try:
+                self._sync()
+                self._calls.trust_again()
+                if (now := self._clock()) - heard > _FADE_S:
+                    self.fleet.fade(now - heard)
+                    heard = now
+                homeless, self._homeless = self._homeless, []
+                self._assign(homeless)
+            except Exception:
+                logger.exception("the replicas cannot be followed")
             await asyncio.sleep(_POLL_S)
 
-    def _account(self, waiting: Sequence[Waiting], outcomes: Sequence[RowOutcome], seconds: float) -> None:
-        for entry, outcome in zip(waiting, outcomes, strict=True):
-            self._metrics.row_seconds.observe(seconds)
-            self._metrics.adapter_rows.inc(entry.version.adapter if entry.version else BASE_SERIES)
-            if not isinstance(outcome, RowResult):
-                self._metrics.errors.labels(outcome.code).inc()
+    def _sync(self) -> None:
+        came, gone = self.fleet.sync(self._list_members())
+        for state in came:
+            lane = self._lanes[state.replica] = Lane(state, self.fleet, self._config)
+            self._spawn(self._serve(lane))
+            self._spawn(self._admit(lane))
+        for state in gone:
+            lane = self._lanes.pop(state.replica)
+            lane.wake.set()
+            self._move(lane.drain())
+
+    async def _admit(self, lane: Lane) -> None:
+        """Let a new replica have rows, once it holds what it will be asked for."""
+        if any(other.admitted for other in self.fleet.states()):
+            await self._joining.warm_up(lane.state, self._clock(), self._config.warm_up_s)
+        self.fleet.admit(lane.state)
+        lane.wake.set()
+
+    async def _serve(self, lane: Lane) -> None:
+        """Let rows leave while the replica lives."""
+        while self._lanes.get(lane.state.replica) is lane:
+            lane.wake.clear()
+            try:
+                self._leave(lane)
+            except Exception:
+                logger.exception("rows for replica %s cannot be sent", lane.state.replica)
+                rows = lane.drain()
+                self.finish(rows, [InternalError("the row cannot be sent")] * len(rows))
+            await _sleep(lane.wake, lane.closes_in(self._clock()))
+
+    def _leave(self, lane: Lane) -> None:
+        now = self._clock()
+        if not lane and not lane.state.rows and lane.state.choosable:
+            self._relieve(lane)
+        while (call := lane.leave(now)) is not None:
+            self._metrics.batches.inc()
+            self._metrics.batch_rows.observe(len(call.rows))
+            self._metrics.batch_adapters.observe(len({entry.digest for entry in call.rows}))
+            for entry in call.rows:
+                self._metrics.queue_seconds.observe(now - entry.arrived)
+            self._calls.start(call)
+
+    def _relieve(self, idle: Lane) -> None:
+        """Choose again for rows of the fullest lane: where they were meant to go was chosen before others came."""
+        full = max(self._lanes.values(), key=lambda lane: lane.num_blocked)
+        if full.num_blocked:
+            self._move(full.some(self._config.max_batch_rows, self._clock()))
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _place(self, entries: Sequence[Waiting], together: bool) -> None:
+        """A fault of ours costs the rows of one call, never those that wait already."""
+        try:
+            self._sync()
+            self._note(entries)
+            self._assign(entries, together=together)
+        except Exception:
+            logger.exception("%d rows cannot be dispatched", len(entries))
+            self.finish(entries, [InternalError("the row cannot be dispatched")] * len(entries))
+
+    def _note(self, entries: Sequence[Waiting]) -> None:
+        now = self._clock()
+        for members in _by_adapter(entries).values():
+            if (version := members[0].version) is not None:
+                self._pressure.asked(version, len(members), now)
+                self._joining.note(version)
+
+    def _assign(self, entries: Sequence[Waiting], avoid: str | None = None, together: bool = False) -> None:
+        """Give each row a replica; rows of one adapter go together as far as they fit a batch."""
+        groups = _by_adapter(entries)
+        shared = self._holder_of_all(groups) if together else None
+        for digest, members in groups.items():
+            for start in range(0, len(members), self._config.max_batch_rows):
+                part = members[start : start + self._config.max_batch_rows]
+                version = part[0].version
+                state = shared or self._choice(digest, len(part), version.num_bytes if version else 0, avoid)
+                if state is None:
+                    self._homeless += part
+                    continue
+                lane = self._lanes[state.replica]
+                lane.put(part)
+                lane.wake.set()
+
+    def _choice(
+        self, digest: str | None, rows: int, num_bytes: int = 0, avoid: str | None = None
+    ) -> ReplicaState | None:
+        rate = self._pressure.demand.rate(digest, self._clock()) if digest else 0.0
+        wanted = Wanted(digest, rows, num_bytes, rate)
+        state = choose(wanted, self.fleet, self._config, () if avoid is None else (avoid,))
+        return None if state is None or self._calls.has_lost(state) else state
+
+    def _holder_of_all(self, digests: Iterable[str | None]) -> ReplicaState | None:
+        named = [digest for digest in digests if digest is not None]
+        if len(named) < 2:
+            return None
+        holders = [s for s in self.fleet.copies(named[0]) if s.choosable and all(s.holds(each) for each in named)]
+        return min(holders, key=lambda state: state.backlog_s, default=None)
+
+    def _move(self, entries: Sequence[Waiting], avoid: str | None = None) -> None:
+        """Choose again for rows that have been taken out of a lane."""
+        for entry in entries:
+            entry.lane = None
+        self._assign([entry for entry in entries if not entry.answer.done()], avoid)
+
+    def _take_back(self, entries: Iterable[Waiting]) -> None:
+        """Nobody waits for these rows any more."""
+        for entry in entries:
+            lane = self._lanes.get(entry.lane or "")
+            if not (lane is not None and lane.remove(entry)) and entry in self._homeless:
+                self._homeless.remove(entry)
+            self._calls.forsaken(entry)
+
+    def _timers(self, entries: Sequence[Waiting]) -> list[asyncio.TimerHandle]:
+        now, loop = self._clock(), asyncio.get_running_loop()
+        groups: dict[float, list[Waiting]] = defaultdict(list)
+        for entry in entries:
+            groups[entry.deadline].append(entry)
+        return [loop.call_later(max(0.0, at - now), self._expire, group) for at, group in groups.items()]
+
+    def _expire(self, entries: Sequence[Waiting]) -> None:
+        self._take_back(self._accounts.expire(entries))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # In an empty context: a task made here would otherwise inherit the first caller's request id, and Ray would
+        # cancel everybody's batches with that one request.
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def _resolve(rows: Sequence[Waiting], outcomes: Sequence[RowOutcome]) -> None:
-    for entry, outcome in zip(rows, outcomes, strict=True):
-        if not entry.answer.done():
-            entry.answer.set_result(outcome)
+def _by_adapter(entries: Iterable[Waiting]) -> dict[str | None, list[Waiting]]:
+    groups: dict[str | None, list[Waiting]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.digest].append(entry)
+    return groups
 
 
-def _signed(outcome: RowOutcome, replica: str) -> RowOutcome:
-    return replace(outcome, replica=replica) if isinstance(outcome, RowResult) else outcome
+async def _sleep(wake: asyncio.Event, seconds: float | None) -> None:
+    """Until something happens, at most ``seconds``; None: until then."""
+    try:
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
+            await wake.wait()
+    except TimeoutError:
+        return

@@ -23,6 +23,7 @@ class Homes:
         self._names: tuple[str, ...] = ()
         self._keys = np.empty(0, dtype=np.uint64)
         self._weights = np.empty(0)
+        self._uneven = False
         self._ranked: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def sync(self, weights: Mapping[str, float]) -> None:
@@ -31,7 +32,7 @@ class Homes:
         values = np.array([weights[name] for name in names])
         if names == self._names and np.array_equal(values, self._weights):
             return
-        self._names, self._weights = names, values
+        self._names, self._weights, self._uneven = names, values, len(set(weights.values())) > 1
         self._keys = np.array([_hash(name) for name in names], dtype=np.uint64)
         self._ranked.clear()
 
@@ -49,20 +50,26 @@ class Homes:
         return ranked[:count]
 
     def _rank(self, digest: str, count: int) -> tuple[str, ...]:
-        scores = self._weights / -np.log(_uniform(self._keys ^ np.uint64(_hash(digest))))
+        scores = _mixed(self._keys ^ np.uint64(_hash(digest)))
+        if self._uneven:  # else the score grows with ``u``, and whole numbers do
+            scores = self._weights / -np.log((scores.astype(np.float64) + 0.5) / (1 << 53))
         count = min(count, len(scores))
         best = np.argpartition(scores, len(scores) - count)[len(scores) - count :] if count else np.empty(0, dtype=int)
-        return tuple(self._names[index] for index in best[np.argsort(-scores[best], kind="stable")])
+        ordered = best[np.argsort(scores[best], kind="stable")[::-1]]
+        return tuple([self._names[index] for index in ordered.tolist()])
 
 
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def _uniform(keys: np.ndarray) -> np.ndarray:
-    """Numbers in (0, 1) from 64-bit keys: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    mixed = keys + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) / (1 << 53)
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """53 well-mixed bits of 64-bit keys, which it overwrites: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    keys += np.uint64(0x9E3779B97F4A7C15)
+    keys ^= keys >> np.uint64(30)
+    keys *= np.uint64(0xBF58476D1CE4E5B9)
+    keys ^= keys >> np.uint64(27)
+    keys *= np.uint64(0x94D049BB133111EB)
+    keys ^= keys >> np.uint64(31)
+    keys >>= np.uint64(11)
+    return keys

@@ -13,7 +13,7 @@ class Waiting:
     """``answer`` is done early when its caller has gone or its time is over.
 
     ``tokens``: an estimate, nobody tokenises in the router. ``arrived`` and ``deadline`` in seconds of the dispatcher's
-    clock.
+    clock. ``lane``: the replica in whose lane it waits, if any. ``sent_to``: where it went last; ``attempts``: how often.
     """
 
     row: Row
@@ -22,6 +22,9 @@ class Waiting:
     answer: asyncio.Future[RowOutcome] = field(repr=False)
     tokens: int = 1
     deadline: float = float("inf")
+    lane: str | None = None
+    sent_to: str | None = None
+    attempts: int = 0
 
     @property
     def digest(self) -> str | None:
