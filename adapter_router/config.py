@@ -107,10 +107,11 @@ class RoutingConfig:
     ``max_batch_tokens``: of all rows of a batch, padding included. ``max_padding``: how much of a batch may be padding.
     ``batch_wait_s``: how long the oldest row may wait for company while a replica is free.
     ``calls_per_replica``: batches a replica may hold at once; 2 lets it tokenise one while it computes the other.
-    ``cold_calls_per_replica``: calls at once that wait for an adapter to be loaded, each for another one.
+    ``cold_calls_per_replica``: calls at once that wait for an adapter to be loaded, each for another one; an
+    application's routers share them.
     ``max_queued_rows``, ``max_queued_tokens``: of all tenants, on one router; one tenant may fill what is left of them
     to half. ``tenant_weights``: 1 for who is not named; twice the weight, twice the tokens while both wait.
-    ``max_wait_s``: who has waited so long goes first, whatever its tenant's share and its priority.
+    ``max_wait_s``: of one tenant and adapter, who has waited so long has every second turn, whatever its priority.
     ``timeout_s``: of a row that names none.
     ``load_slack``: a replica is passed over when it holds more than ``(1 + load_slack) * mean + max_batch_rows`` rows.
     ``copy_penalty``: how many times its load time a second copy of a resident adapter must save.

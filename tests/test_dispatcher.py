@@ -68,7 +68,9 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def dispatcher(replicas: Replicas, metrics: RouterMetrics | None = None, **config: Any) -> Dispatcher:
-    return Dispatcher(replicas.send, lambda: members(*replicas.living), RoutingConfig(**config), metrics or RouterMetrics())
+    return Dispatcher(
+        replicas.send, lambda: members(*replicas.living), RoutingConfig(**config), metrics or RouterMetrics()
+    )
 
 
 def members(*names: str) -> list[Member]:
@@ -169,9 +171,7 @@ def test_a_stuck_load_leaves_room_for_the_others() -> None:
             if sent[0].adapter == "stuck":
                 calls["stuck"] += 1
                 await asyncio.Event().wait()
-            return ShardReply(
-                replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0)
-            )
+            return ShardReply(replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0))
 
         router = Dispatcher(send, lambda: members("r0"), RoutingConfig(), RouterMetrics())
         stuck = []

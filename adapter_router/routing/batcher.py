@@ -36,12 +36,13 @@ class Batcher:
         """The rows of a batch, taken out and charged; rows nobody waits for any more are dropped.
 
         The row whose turn it is always goes, however large. Others join while the batch, padded, stays within
-        ``max_batch_tokens`` and its padding within ``max_padding`` of it; padding of a 64th of ``max_batch_tokens`` is
-        always allowed, because it costs less than the forward that would be needed for the row left behind. Rows that
-        do not fit keep their places; tenants that have none are looked at until there are ``max_batch_rows`` of them.
+        ``max_batch_tokens`` and its padding within ``max_padding`` of it. A batch that is not full then takes what adds
+        up to padding of a 64th of ``max_batch_tokens``: that costs less than another forward for the row left behind.
+        Rows that do not fit keep their places; ``max_batch_rows`` tenants that have none which fits are asked.
         """
         batch = _Batch(self._config)
-        for _ in range(2):  # what was too much padding for a few rows may be little for many
+        for free_padding in (0.0, _FREE_PADDING * self._config.max_batch_tokens):
+            batch.free_padding = free_padding
             if not batch.full:
                 self._fill(batch, queue, now)
         return batch.rows
@@ -61,6 +62,7 @@ class _Batch:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.rows: list[Waiting] = []
+        self.free_padding = 0.0
         self._config = config
         self._tokens = 0
         self._longest = 0
@@ -75,7 +77,7 @@ class _Batch:
         """Whether it may join; nobody waits for what is done, it fits anywhere."""
         longest, tokens = max(self._longest, entry.tokens), self._tokens + entry.tokens
         padded, limit = (len(self.rows) + 1) * longest, self._config.max_batch_tokens
-        few = padded - tokens <= max(self._config.max_padding * padded, _FREE_PADDING * limit)
+        few = padded - tokens <= max(self._config.max_padding * padded, self.free_padding)
         return not self.rows or (padded <= limit and few) or entry.answer.done()
 
     def add(self, entry: Waiting) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _RESERVE = 256.0  # rows that may be sent again before any were sent first: what a replica may hold when it dies
+_SMOOTHING = 0.2  # weight of the newest observation in the running means
 _POLL_S = 0.05
 _TRUST_S = 30.0
 
@@ -41,12 +42,22 @@ class Call:
     state: ReplicaState
     cold: str | None
     rows: Sequence[Waiting]
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[None] = field(init=False, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(entry.tokens for entry in self.rows)
 
     @property
     def open(self) -> list[Waiting]:
         """Rows that still wait for an answer."""
         return [entry for entry in self.rows if not entry.answer.done()]
+
+    @property
+    def unanswered_here(self) -> list[Waiting]:
+        """Of those the ones that have not been sent elsewhere since."""
+        return [entry for entry in self.open if entry.sent_to == self.state.replica and entry.lane is None]
 
 
 class Owner(Protocol):
@@ -85,6 +96,7 @@ class Calls:
         self._clock = clock
         self._budget = RetryBudget(config.retry_budget, _RESERVE)
         self._calls: defaultdict[str, set[Call]] = defaultdict(set)
+        self._token_s: dict[str, float] = {}  # by replica, with all that it has under way
         self._suspected: dict[str, float] = {}  # replicas, and since when
         self._lost: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,7 +121,7 @@ class Calls:
     def forsaken(self, entry: Waiting) -> None:
         """Nobody waits for a row any more: the call that it is in is taken back if nobody waits for the others."""
         for call in self._calls.get(entry.sent_to or "", ()):
-            if call.task is not None and entry in call.rows and not call.open:
+            if call.task is not asyncio.current_task() and entry in call.rows and not call.open:
                 call.task.cancel()
 
     def has_lost(self, state: ReplicaState) -> bool:
@@ -124,7 +136,9 @@ class Calls:
                 self._clear(state)
         living = {state.replica for state in self._fleet.states()}
         self._lost &= living
-        self._suspected = {replica: at for replica, at in self._suspected.items() if replica in living}
+        for by_replica in (self._suspected, self._token_s):
+            for gone in by_replica.keys() - living:
+                del by_replica[gone]
 
     async def _run(self, call: Call) -> None:
         """Whatever happens, the rows are answered or on their way elsewhere."""
@@ -162,12 +176,14 @@ class Calls:
 
     async def _answer(self, call: Call) -> None:
         rows, state, start = call.rows, call.state, self._clock()
+        tokens = sum(other.tokens for other in self._calls[state.replica] if other.cold is None)
         sending = asyncio.ensure_future(
             self._send(state.replica, [_remaining(e, start) for e in rows], [e.version for e in rows], state.revision)
         )
         try:
             if call.cold is None:
-                patience = max(self._config.min_patience_s, self._config.patience * state.backlog_s)
+                expected = self._token_s.get(state.replica, 0.0) * tokens
+                patience = max(self._config.min_patience_s, self._config.patience * expected)
                 await asyncio.wait({sending}, timeout=patience)
                 if not sending.done():
                     self._suspect(state)
@@ -176,7 +192,11 @@ class Calls:
             sending.cancel()
         if len(reply.outcomes) != len(rows):
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(rows)} rows")
-        self._fleet.observe(reply, (self._clock() - start) / len(rows) if call.cold is None else None)
+        seconds = self._clock() - start
+        self._fleet.observe(reply, seconds / len(rows) if call.cold is None else None)
+        if call.cold is None:
+            known = self._token_s.get(state.replica, seconds / tokens)
+            self._token_s[state.replica] = known + _SMOOTHING * (seconds / tokens - known)
         self._clear(state)
         self._owner.finish(rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
 
@@ -201,10 +221,10 @@ class Calls:
 
         Rows of a call that is only late stay in it: whichever answers first does.
         """
-        if spent := [entry for entry in call.open if entry.attempts >= _MOST_ATTEMPTS]:
-            if lost is not None:
-                self._owner.finish(spent, [lost] * len(spent))
-        while rows := [entry for entry in call.open if entry.attempts < _MOST_ATTEMPTS]:
+        if lost is not None:
+            spent = [entry for entry in call.unanswered_here if entry.attempts >= _MOST_ATTEMPTS]
+            self._owner.finish(spent, [lost] * len(spent))
+        while rows := [entry for entry in call.unanswered_here if entry.attempts < _MOST_ATTEMPTS]:
             if self._budget.take(len(rows), self._clock()):
                 self._metrics.retried.inc(len(rows))
                 self._owner.again(rows, avoid=call.state.replica)

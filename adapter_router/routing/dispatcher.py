@@ -104,12 +104,12 @@ class Dispatcher:
     # -- what becomes of calls: see ``calls.Owner`` --------------------------------------------------------------
 
     def finish(self, rows: Sequence[Waiting], outcomes: Sequence[RowOutcome]) -> None:
-        """Answers; a row that waits elsewhere as well does so no more."""
-        self._take_back(entry for entry in self._accounts.finish(rows, outcomes) if entry.lane)
+        """Answers; a row that was sent elsewhere as well is taken back there."""
+        self._take_back(entry for entry in self._accounts.finish(rows, outcomes) if entry.lane or entry.attempts > 1)
 
     def again(self, rows: Sequence[Waiting], avoid: str) -> None:
         """Rows shall go to another replica than ``avoid``."""
-        self._assign([entry for entry in rows if entry.lane is None], avoid)
+        self._assign(rows, avoid)
 
     def suspected(self, state: ReplicaState) -> None:
         """What waits for a replica that does not answer goes elsewhere."""
@@ -119,7 +119,7 @@ class Dispatcher:
     def returned(self, call: Call) -> None:
         """A replica has room again, and an adapter that rows waited for has come, or not."""
         lane = self._lanes.get(call.state.replica)
-        if lane is not None:
+        if lane is not None and lane.state is call.state:
             self._move(lane.returned(call))
             lane.wake.set()
 

@@ -61,7 +61,7 @@ class Shares(Generic[Key]):
             self._floor = self._done[key]
         if self._done[key] <= self._floor:  # nothing is owed to who is not ahead of the others
             del self._done[key]
-        elif len(self._done) > self._most_done:
+        if len(self._done) > self._most_done:
             self._done = {key: done for key, done in self._done.items() if key in self._waiting or done > self._floor}
             self._most_done = 2 * len(self._done) + _SLACK  # each look through is paid for by as many that left
         if len(self._order) > 2 * len(self._waiting) + _SLACK:
@@ -70,7 +70,7 @@ class Shares(Generic[Key]):
             self._listed = {place[2] for place in self._order + self._passed}
 
     def charge(self, key: Key, cost: float) -> None:
-        """So much, in any unit, was done for ``key``, for whom something waits or did a moment ago."""
+        """So much, in any unit, was done for ``key``, whether anything waits for it or not."""
         self._done[key] = max(self._done.get(key, 0.0), self._floor) + cost / self._weight(key)
 
     def first(self) -> Key | None:
