@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test check bench venv clean
+.PHONY: demo serve test chaos check bench venv clean
 
 demo: .venv/demo.done  ## four real tenants on a real base: mixed answers, proven right
 	$(BIN)/adapter-router demo
@@ -10,8 +10,12 @@ demo: .venv/demo.done  ## four real tenants on a real base: mixed answers, prove
 serve: .venv/demo.done  ## the same application, until Ctrl-C
 	$(BIN)/adapter-router serve
 
-test: .venv/dev.done  ## all tests, real models and a local Ray included
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+test: .venv/dev.done  ## all tests: those without Ray side by side, then those with a local Ray
+	$(BIN)/python -m pytest -m "not serve" -n logical --maxprocesses 4 --cov --cov-report=; parallel=$$?; \
+	$(BIN)/python -m pytest -m serve --cov --cov-append --cov-report=term:skip-covered && exit $$parallel
+
+chaos: .venv/dev.done  ## processes killed and stopped again and again under load; figures go to benchmarks/results
+	CHAOS_ROUNDS=5 CHAOS_JSON=benchmarks/results/chaos.json $(BIN)/python -m pytest --timeout 1800 tests/test_chaos.py tests/test_chaos_cluster.py
 
 check: .venv/dev.done  ## style, types, floors
 	$(BIN)/ruff format --check .
@@ -26,6 +30,8 @@ bench: .venv/dev.done  ## all benchmarks; results go to benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cache --json benchmarks/results/cache.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cold_loads --json benchmarks/results/cold_loads.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.many_adapters --json benchmarks/results/many_adapters.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.serving --json benchmarks/results/serving.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.overload --json benchmarks/results/overload.json
 
 venv: .venv/dev.done  ## only the environment, with test extras and PEFT
 

@@ -57,6 +57,9 @@ def real_engine() -> Iterator[Engine]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a Ray of their own come before the one that lives to the end: never too many replicas at once."""
     items.sort(key=lambda item: "app" in getattr(item, "fixturenames", ()))
+    for item in items:
+        if "app" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.serve)
 
 
 @pytest.fixture(scope="session")
