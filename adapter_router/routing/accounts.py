@@ -22,7 +22,12 @@ class Accounts:
     """Rows between their arrival and their answer."""
 
     def __init__(
-        self, config: RoutingConfig, metrics: RouterMetrics, pressure: Pressure, clock: Callable[[], float]
+        self,
+        config: RoutingConfig,
+        metrics: RouterMetrics,
+        pressure: Pressure,
+        clock: Callable[[], float],
+        max_tokens: int | None,
     ) -> None:
         self.tokens = 0  # of rows without an answer
         self._config = config
@@ -30,7 +35,7 @@ class Accounts:
         self._pressure = pressure
         self._clock = clock
         self._admission = Admission(config)
-        self._estimate = TokenEstimate()
+        self._estimate = TokenEstimate(max_tokens)
 
     def enter(self, rows: Sequence[tuple[Row, AdapterVersion | None]]) -> list[Waiting]:
         """One entry a row; those that are not let in have their answer already."""

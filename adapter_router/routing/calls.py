@@ -43,6 +43,7 @@ class Call:
     cold: str | None
     rows: Sequence[Waiting]
     task: asyncio.Task[None] = field(init=False, repr=False)
+    lost: ReplicaLost | None = None
 
     @property
     def tokens(self) -> int:
@@ -117,6 +118,7 @@ class Calls:
         self._fleet.sent(call.state, len(call.rows), call.cold)
         self._calls[call.state.replica].add(call)
         call.task = self._spawn(self._run(call))
+        call.task.add_done_callback(lambda _: self._over(call))
 
     def forsaken(self, entry: Waiting) -> None:
         """Nobody waits for a row any more: the call that it is in is taken back if nobody waits for the others."""
@@ -141,33 +143,33 @@ class Calls:
                 del by_replica[gone]
 
     async def _run(self, call: Call) -> None:
-        """Whatever happens, the rows are answered or on their way elsewhere."""
-        lost = None
         try:
             await self._answer(call)
         except ReplicaLost as error:
-            lost = error
+            call.lost = error
         except AdapterRouterError as error:
             self._owner.finish(call.rows, [error] * len(call.rows))
         except Exception as error:
             logger.exception("replica %s failed on %d rows", call.state.replica, len(call.rows))
             failed = InternalError(f"the replica failed: {type(error).__name__}")
             self._owner.finish(call.rows, [failed] * len(call.rows))
-        finally:
-            self._calls[call.state.replica].discard(call)
-            if not self._calls[call.state.replica]:
-                del self._calls[call.state.replica]
-            self._fleet.returned(call.state, len(call.rows), call.cold)
-            if lost is None:  # nothing is left to do here unless the call was taken back
-                self._owner.finish(call.rows, [InternalError("the call was cancelled")] * len(call.rows))
-            self._owner.returned(call)
-        if lost is not None:
-            await self._replace(call, lost)
+
+    def _over(self, call: Call) -> None:
+        """Whatever happened to the call, and if it was taken back before it began: its rows are not left alone."""
+        self._calls[call.state.replica].discard(call)
+        if not self._calls[call.state.replica]:
+            del self._calls[call.state.replica]
+        self._fleet.returned(call.state, len(call.rows), call.cold)
+        if call.lost is not None:
+            self._lost.add(call.state.replica)
+            self._spawn(self._replace(call, call.lost))
+        else:  # nothing is left to do here unless the call was taken back
+            self._owner.finish(call.rows, [InternalError("the call was cancelled")] * len(call.rows))
+        self._owner.returned(call)
 
     async def _replace(self, call: Call, lost: ReplicaLost) -> None:
-        """As ``_run``: whatever goes wrong on the way, nobody is left waiting."""
+        """As ``_over``: whatever goes wrong on the way, nobody is left waiting."""
         try:
-            self._lost.add(call.state.replica)
             self._suspect(call.state)
             await self._send_again(call, lost)
         except Exception:
@@ -205,6 +207,7 @@ class Calls:
         if state.suspect:
             return
         logger.warning("replica %s does not answer", state.replica)
+        self._metrics.suspicions.inc()
         self._suspected[state.replica] = self._clock()
         self._fleet.set_suspect(state, True)
         self._owner.suspected(state)

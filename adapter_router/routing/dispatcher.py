@@ -40,16 +40,20 @@ class Dispatcher:
         metrics: RouterMetrics,
         warm: Warm | None = None,
         clock: Callable[[], float] = time.monotonic,
+        max_tokens: int | None = None,
     ) -> None:
-        """``warm``: has a new replica load an adapter before it gets rows; None: it gets rows at once."""
+        """``warm``: has a new replica load an adapter before it gets rows; None: it gets rows at once.
+
+        ``max_tokens``: of one row, where the base has a limit.
+        """
         self.fleet = Fleet()
         self._clock = clock
         self._list_members = list_members
         self._config = config
         self._metrics = metrics
         self._pressure = Pressure()
-        self._joining = Joining(self.fleet, self._pressure.demand, warm)
-        self._accounts = Accounts(config, metrics, self._pressure, clock)
+        self._joining = Joining(self.fleet, self._pressure.demand, warm, metrics)
+        self._accounts = Accounts(config, metrics, self._pressure, clock, max_tokens)
         self._calls = Calls(send, self.fleet, self, config, metrics, clock)
         self._lanes: dict[str, Lane] = {}
         self._homeless: list[Waiting] = []  # rows that no replica lives for
@@ -90,6 +94,7 @@ class Dispatcher:
     async def home(self, digest: str) -> str:
         """The replica that should load an adapter nobody holds yet; waits for one to live."""
         while (state := self._choice(digest, 1)) is None:
+            self._pressure.came(0, self._clock())  # a base without a replica is woken for who waits here, too
             await asyncio.sleep(_POLL_S)
             self._sync()
         return state.replica

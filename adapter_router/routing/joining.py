@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
+from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.affinity import copies_by_right
 from adapter_router.routing.demand import Demand
 from adapter_router.routing.fleet import Fleet, ReplicaState
@@ -28,11 +29,12 @@ class Joining:
     Otherwise its first rows would all wait for loads, while those who held their adapters so far still do.
     """
 
-    def __init__(self, fleet: Fleet, demand: Demand, warm: Warm | None) -> None:
+    def __init__(self, fleet: Fleet, demand: Demand, warm: Warm | None, metrics: RouterMetrics) -> None:
         """``warm`` None: nobody can be told to load anything beforehand."""
         self._fleet = fleet
         self._demand = demand
         self._warm = warm
+        self._metrics = metrics
         self._versions: OrderedDict[str, AdapterVersion] = OrderedDict()
 
     def note(self, version: AdapterVersion) -> None:
@@ -66,6 +68,7 @@ class Joining:
                 try:
                     await warm(state.replica, version)
                     self._fleet.loaded(state.replica, version.digest)
+                    self._metrics.warmed.inc()
                 except Exception as error:
                     logger.warning("replica %s did not load %s: %r", state.replica, version.adapter, error)
 

@@ -59,9 +59,7 @@ class Shares(Generic[Key]):
         del self._waiting[key]
         if not self._waiting:
             self._floor = self._done[key]
-        if self._done[key] <= self._floor:  # nothing is owed to who is not ahead of the others
-            del self._done[key]
-        if len(self._done) > self._most_done:
+        if len(self._done) > self._most_done:  # nothing is owed to who is not ahead of the others
             self._done = {key: done for key, done in self._done.items() if key in self._waiting or done > self._floor}
             self._most_done = 2 * len(self._done) + _SLACK  # each look through is paid for by as many that left
         if len(self._order) > 2 * len(self._waiting) + _SLACK:
