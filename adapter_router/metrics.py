@@ -73,6 +73,8 @@ class RouterMetrics:
         self.batch_rows = _histogram(self, "batch_rows", "Rows in a batch", _ROW_BUCKETS)
         self.batch_adapters = _histogram(self, "batch_adapters", "Distinct adapters in a batch", _ROW_BUCKETS)
         self.retried = _counter(self, "retried_rows", "Rows sent again because their replica was lost or late")
+        self.suspicions = _counter(self, "replica_suspicions", "Times a replica was lost or did not answer in time")
+        self.warmed = _counter(self, "warmed_adapters", "Adapters that new replicas loaded before they got rows")
         self.queue_seconds = _histogram(self, "queue_seconds", "Time a row waited for its batch", _SECONDS_BUCKETS)
         self.row_seconds = _histogram(self, "row_seconds", "Time from a row's arrival to its answer", _SECONDS_BUCKETS)
         self.errors = _counter(self, "row_errors", "Rows answered with an error, by code", "code")

@@ -196,8 +196,11 @@ def build(args: AppArgs) -> serve.Application:
         **scale,
     )
     replicas = [_replicas(base, number, args, catalog) for number, base in enumerate(args.bases)]
-    routing = RoutingConfig(**args.routing.model_dump())
-    return router.bind(replicas, routing, catalog, [adapter.spec() for adapter in args.adapters])
+    cold_calls = max(1, args.routing.cold_calls_per_replica // args.routers)  # a replica has so many threads
+    routing = RoutingConfig(**{**args.routing.model_dump(), "cold_calls_per_replica": cold_calls})
+    scales = [base.autoscaling for base in args.bases]
+    may_sleep = [_deployment(n) for n, knobs in enumerate(scales) if knobs and not knobs.min_replicas]
+    return router.bind(replicas, routing, catalog, [adapter.spec() for adapter in args.adapters], may_sleep)
 
 
 def catalog_of(args: AppArgs) -> CatalogConfig:
@@ -213,13 +216,13 @@ def catalog_of(args: AppArgs) -> CatalogConfig:
 
 
 def _replicas(base: BaseArgs, number: int, args: AppArgs, catalog: CatalogConfig) -> serve.Application:
-    """Replicas of one base; the first base's deployment has no number."""
+    """Replicas of one base."""
     scale: dict[str, Any] = {"num_replicas": base.replicas}
     if base.autoscaling is not None:
         scale = {"autoscaling_config": for_replicas(base.autoscaling.knobs())}
     deployment = serve.deployment(
         Replica,
-        name=f"replica-{number}" if number else "replica",
+        name=_deployment(number),
         max_ongoing_requests=MAX_CALLS,
         ray_actor_options={"num_cpus": base.num_cpus, "num_gpus": base.num_gpus},
         request_router_config=RequestRouterConfig(
@@ -231,6 +234,11 @@ def _replicas(base: BaseArgs, number: int, args: AppArgs, catalog: CatalogConfig
         **scale,
     )
     return deployment.bind(base.engine(args.routing.max_batch_rows, Path(args.store_dir)), catalog)
+
+
+def _deployment(number: int) -> str:
+    """The name of the replicas' deployment of one base; the first one's has no number."""
+    return f"replica-{number}" if number else "replica"
 
 
 def _default_store() -> Path:

@@ -40,7 +40,9 @@ class Pool:
         self, replicas: DeploymentHandle, base: BaseInfo, routing: RoutingConfig, metrics: RouterMetrics
     ) -> None:
         self.base = base
-        self.dispatcher = Dispatcher(self._send, self._members, routing, metrics, self._warm)
+        self.dispatcher = Dispatcher(
+            self._send, self._members, routing, metrics, self._warm, max_tokens=base.max_tokens
+        )
         self._replicas = replicas
         self._checks = asyncio.Semaphore(_CHECKS)
 

@@ -119,6 +119,20 @@ def test_the_wait_of_who_has_little_queued_is_its_own() -> None:
     assert some.refusal("light", 1, 10, 5.0, now) is None
 
 
+@pytest.mark.parametrize(
+    ("others", "wait_s"), [([1000, 1000], 30), ([5], 10), ([5, 5, 5, 5], 10)], ids=["equals", "one small", "four small"]
+)
+def test_the_wait_is_over_when_all_is_served_or_its_share_has_been_enough(others: list[int], wait_s: float) -> None:
+    some = admission(rows=10_000, tokens=100_000)
+    for _ in range(2000):
+        assert asked(some, tokens=10)
+    for number, rows in enumerate(others):
+        assert asked(some, f"other-{number}", rows=rows, tokens=10 * rows)
+    now = drained(some, rate=100, seconds=10)
+    assert some.refusal("t", 1, 10, 1.1 * wait_s / 0.8, now) is None
+    assert some.refusal("t", 1, 10, 0.9 * wait_s / 0.8, now) is not None
+
+
 def test_retry_after_is_when_there_is_room_again() -> None:
     some = admission(rows=10_000, tokens=10_000_000)
     while asked(some, tokens=10):

@@ -128,7 +128,7 @@ def test_few_rows_are_sent_again_when_everything_is_slow() -> None:
         router = dispatcher(replicas, metrics, min_patience_s=0.02, patience=1, max_batch_rows=4)
         waves = [await asyncio.gather(*(router.submit(rows(8, 4)) for _ in range(20))) for _ in range(8)]
         assert all(isinstance(outcome, RowResult) for wave in waves for group in wave for outcome in group)
-            sent, asked = sum(len(sent) for _, sent in replicas.calls), 8 * 20 * 8
+        sent, asked = sum(len(sent) for _, sent in replicas.calls), 8 * 20 * 8
         assert asked < sent <= asked * 1.1 + 256 + 10 * 30, (sent, asked)
         await router.close()
 

@@ -227,7 +227,7 @@ def test_memory_stays_while_a_hundred_thousand_rows_come_and_go() -> None:
 def test_a_turn_costs_a_few_steps_of_a_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of O(log n), whoever waits: 100 times as many tenants and rows need no more of them."""
     costs = []
-    for tenants in (20, 2000):
+    for tenants in (10, 1000):
         queue = FairQueue(max_wait_s=60)
         for number in range(tenants * 5):
             queue.put(
