@@ -35,6 +35,9 @@ class EngineMetrics:
         self.load_failures = _counter(self, "adapter_load_failures", "Adapter loads that failed, by code", "code")
         self.promotions = _counter(self, "adapter_promotions", "Adapters brought to the device from host memory")
         self.evictions = _counter(self, "adapter_evictions", "Adapters evicted from the device to make room")
+        self.rows_skipped = _counter(
+            self, "rows_skipped", "Rows that nobody waited for any more when their turn came, by code", "code"
+        )
         self.base_bytes = _gauge(self, "base_bytes", "Memory held by the base's parameters, quantised as they are")
         self.resident_bytes = _gauge(self, "resident_bytes", "Device memory held by resident adapters")
         self.resident_adapters = _gauge(self, "resident_adapters", "Adapters on the device")

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -18,6 +19,7 @@ from adapter_router.catalog.sources.fetcher import Fetcher
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import CatalogConfig, EngineConfig
 from adapter_router.engine import Engine
+from adapter_router.engine.callers import Callers
 from adapter_router.engine.loading import SWITCH_INTERVAL_S
 from adapter_router.errors import AdapterRouterError
 from adapter_router.metrics import exposition
@@ -31,6 +33,7 @@ from adapter_router.types import (
     Row,
     ShardReply,
 )
+from deployments.autoscaling import replica_report
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +50,34 @@ class Replica:
         # Heads that the base lacks are the adapters' business; transformers' report of them would alarm for nothing.
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self._name = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._name = context.replica_id.unique_id
+        self._rows = 0
         store = ContentStore(catalog.store_dir, catalog.max_adapter_bytes, catalog.store_bytes)
         self._fetcher = Fetcher(catalog.sources, store)
         self._engine = Engine(config, self._fetcher.obtain)
         self._threads = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="shard")
         self._probe = ThreadPoolExecutor(1, thread_name_prefix="health")
-        self._preload(catalog.url_of(serve.get_replica_context().app_name))
+        self._preload(catalog.url_of(context.app_name))
 
     async def infer(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int) -> ShardReply:
-        """One shard: outcomes in order, and what has changed on the device since ``known``."""
-        outcomes = await self._in_thread(self._engine.infer_versions, rows, versions)
-        return ShardReply(self._name, outcomes, self._engine.changes(known), ReplicaLoad(load_s=self._engine.load_s))
+        """One shard: outcomes in order, and what has changed on the device since ``known``.
+
+        A row whose ``timeout_s``, from now on, is over before the model is free for it is DeadlineExceeded. When the
+        call is cancelled, those of its rows that are not being computed are left alone.
+        """
+        callers = Callers(rows)
+        self._rows += len(rows)
+        try:
+            outcomes = await self._in_thread(self._engine.infer_versions, rows, versions, callers.gone)
+        finally:
+            callers.hang_up()  # a thread cannot be stopped: it is told instead, and asks before every forward
+            self._rows -= len(rows)
+        return ShardReply(self._name, outcomes, self._engine.changes(known), self.load())
+
+    def load(self) -> ReplicaLoad:
+        """How busy this replica is, whoever sends it rows."""
+        return replace(self._engine.load(), rows=self._rows)
 
     async def admit(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport | AdapterRouterError:
         """Check a stored adapter against the base; ``resident``: and load it here."""
@@ -106,6 +125,20 @@ class Replica:
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(self._probe, self._engine.check_forward, _STUCK_FORWARD_S):
             raise RuntimeError(f"a forward pass has been running for more than {_STUCK_FORWARD_S} s")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's controller hears of this replica: numbers for ``deployments.autoscaling``."""
+        return replica_report(self.load())
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """What Serve tells every router of this replica, once.
+
+        ``home``: an identity that the next replica in this one's place has, too. ``weight``: its memory for adapters.
+        """
+        # Serve gives the lowest free rank, so that a replica that is lost is followed by one of the same rank.
+        rank = getattr(serve.get_replica_context(), "rank", None)
+        home = self._name if rank is None else f"rank-{rank.rank}"
+        return {"home": home, "weight": self._engine.config.adapter_memory_bytes}
 
     def _admit(self, spec: AdapterSpec, stored: StoredAdapter, resident: bool) -> LoadReport:
         if not stored.directory.is_dir():  # another node admitted it

@@ -5,6 +5,9 @@ Our dispatcher decides where a shard goes; this router obeys: a call whose ``ses
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from adapter_router.routing.fleet import Member
@@ -56,12 +59,19 @@ class PinnedRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no 
             attempt += 1
 
     def _publish(self) -> None:
-        living = tuple(_member(replica) for replica in self._replicas.values())
-        replica_view.publish(self._deployment_id.app_name, self._deployment_id.name, living)
+        members = _members({id.unique_id: replica.replica_metadata for id, replica in self._replicas.items()})
+        replica_view.publish(self._deployment_id.app_name, self._deployment_id.name, members)
 
 
-def _member(replica: RunningReplica) -> Member:
-    """As ``Replica.record_replica_metadata`` describes it."""
-    metadata = replica.replica_metadata or {}
-    name = replica.replica_id.unique_id
-    return Member(name, metadata.get("home", name), metadata.get("weight", 1.0))
+def _members(metadata: Mapping[str, Mapping[str, Any]]) -> tuple[Member, ...]:
+    """Replicas as their ``record_replica_metadata`` describes them.
+
+    Serve asks for that once, and renumbers ranks when it scales down: of two that give the same home one has its name
+    for a home instead, the same one wherever this is decided.
+    """
+    members: dict[str, Member] = {}
+    for name in sorted(metadata):
+        home = metadata[name].get("home", name)
+        home = name if home in members else home
+        members[home] = Member(name, home, metadata[name].get("weight", 1.0))
+    return tuple(members.values())

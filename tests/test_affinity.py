@@ -9,6 +9,7 @@ import pytest
 from adapter_router.config import RoutingConfig
 from adapter_router.routing.affinity import Wanted, choose
 from adapter_router.routing.fleet import Fleet, Member, ReplicaState
+from adapter_router.types import ReplicaLoad, ResidencyChange, ShardReply
 
 CONFIG = RoutingConfig(max_batch_rows=32)
 
@@ -90,30 +91,73 @@ def test_what_is_hot_is_copied_for_less() -> None:
     assert chosen(Wanted("a", 1, rate=7.0), states) is other
 
 
-def test_what_keeps_a_replica_busy_has_a_right_to_a_second_home() -> None:
+def after_rows(states: Fleet, rows: dict[ReplicaState, int]) -> None:
+    """So many have been asked of each, one after the other, and are answered."""
+    for _ in range(50):
+        for state, count in rows.items():
+            states.assigned(state, count)
+            states.assigned(state, -count)
+
+
+def test_what_keeps_a_busy_replica_busy_has_a_right_to_a_second_home() -> None:
     states = fleet(4)
-    first = chosen("a", states)
+    first, second = states.homes("a", 2)
     states.loaded(first.replica, "a")
     states.assigned(first, 11)  # 55 ms, where a load takes 50 and the penalty is 4
-    assert chosen(Wanted("a", 1, rate=99), states) is first
-    second = chosen(Wanted("a", 1, rate=101), states)  # rows a second at 5 ms: more than half of its time
-    assert second is states.homes("a", 2)[1]
-    states.sent(second, 0, "a")
-    states.assigned(second, 11)
-    assert chosen(Wanted("a", 1, rate=101), states) in (first, second)
+    after_rows(states, dict.fromkeys(states.states(), 10))
+    assert chosen(Wanted("a", 1, rate=21), states) is first  # its replica has no more to do than the others
+    after_rows(states, {state: 14 if state is first else 10 for state in states.states()})
+    assert chosen(Wanted("a", 1, rate=19), states) is first  # rows a second at 5 ms: less than a tenth of its time
+    assert chosen(Wanted("a", 1, rate=21), states) is second
 
 
 def test_copies_follow_the_rate_and_stay_on_the_first_homes() -> None:
-    """80 adapter rows in the fleet at once, again and again: as many copies as demand justifies, and where it does."""
-    states = fleet(20)
-    for _ in range(400):
-        state = chosen(Wanted("hot", 4, rate=650.0), states)  # x 5 ms = 3.25 replicas' time: 7 copies
+    states, dear = fleet(20), RoutingConfig(copy_penalty=1e6)
+    for _ in range(1000):
+        state = choose(Wanted("hot", 4, rate=65.0), states, dear)  # x 5 ms = 3.25 tenths of a replica's time
+        assert state
         if not state.holds("hot"):
             states.loaded(state.replica, "hot")
         states.assigned(state, 4)
-        if states.total_rows > 80:
+        if states.total_rows > 40:
             states.assigned(max(states.states(), key=lambda one: one.rows), -4)
-    assert {one.replica for one in states.copies("hot")} == {one.replica for one in states.homes("hot", 7)}
+    assert {one.replica for one in states.copies("hot")} == {one.replica for one in states.homes("hot", 4)}
+
+
+def test_the_rows_of_all_routers_count() -> None:
+    states = fleet(4)
+    first, second = states.homes("a", 2)
+    states.loaded(first.replica, "a")
+    states.assigned(first, 11)
+    after_rows(states, {state: 14 if state is first else 10 for state in states.states()})
+    assert chosen(Wanted("a", 1, rate=11), states) is first
+    states.sent(first, 11, None)
+    for _ in range(1000):  # as many rows as ours are always there, too
+        states.observe(ShardReply(first.replica, [], ResidencyChange(1, frozenset("a")), ReplicaLoad(22)), 0.005)
+        states.fade(100.0)
+    assert states.routers == pytest.approx(2.0, rel=0.01)
+    assert chosen(Wanted("a", 1, rate=11), states) is second
+
+
+def test_of_equal_copies_the_one_gets_rows_that_got_fewer() -> None:
+    states = fleet(2)
+    first, second = states.homes("a", 2)
+    for state in (first, second):
+        states.loaded(state.replica, "a")
+        states.assigned(state, 10)
+    assert chosen(Wanted("a", 1, rate=50), states) is first
+    after_rows(states, {first: 11, second: 10})
+    assert chosen(Wanted("a", 1, rate=50), states) is second
+
+
+def test_an_adapter_that_is_nowhere_leaves_its_home_only_for_much() -> None:
+    states = fleet(2)
+    first, second = states.homes("a", 2)
+    for number in range(8):
+        assert chosen("a", states) is first
+        states.sent(first, 0, f"other-{number}")
+    states.sent(first, 0, "one more")
+    assert chosen("a", states) is second
 
 
 def test_copies_left_over_fade() -> None:
@@ -205,15 +249,6 @@ def test_a_copy_that_is_there_is_better_than_one_that_is_coming() -> None:
     assert chosen(Wanted("a", 1, rate=101), states) is holder
     states.assigned(holder, 4)  # 60 ms, the load takes 50 at most
     assert chosen(Wanted("a", 1, rate=101), states) is other
-
-
-def test_a_new_copy_goes_where_fewest_are_loaded() -> None:
-    states = fleet(2)
-    for state in states.states():
-        state.row_s = 0.0  # rows cost nothing, but loads wait for each other
-    for index in range(6):
-        states.sent(chosen(f"other-{index}", states), 0, f"other-{index}")
-    assert [len(state.loading) for state in states.states()] == [3, 3]
 
 
 def test_who_is_avoided_gets_rows_only_where_nobody_else_lives() -> None:

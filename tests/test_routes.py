@@ -57,7 +57,7 @@ class EngineRouter:
         self.engine = engine
         self.names = Names()
 
-    async def infer_many(self, rows: Sequence[Row]) -> list[RowOutcome]:
+    async def infer_many(self, rows: Sequence[Row], together: bool = False) -> list[RowOutcome]:  # noqa: ARG002
         return await asyncio.to_thread(self.engine.infer, rows)
 
     async def version_of(self, row: Row) -> AdapterVersion | AdapterRouterError | None:

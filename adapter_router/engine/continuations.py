@@ -48,7 +48,7 @@ class Continuations:
                     job.encoded,
                     job.adapter(leased),
                     job.task,
-                    generation(job.row.parameters, job.task).max_new_tokens,
+                    max_new_tokens=generation(job.row.parameters, job.task).max_new_tokens,
                 )
                 for job in group
             ]

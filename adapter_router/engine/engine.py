@@ -18,17 +18,16 @@ from adapter_router.catalog.names import Names
 from adapter_router.catalog.store import ContentStore, StoredAdapter
 from adapter_router.config import EngineConfig
 from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.callers import Callers, Gone
 from adapter_router.engine.continuations import Continuations
-from adapter_router.engine.forward import Forward, Work
+from adapter_router.engine.encodings import Encodings
+from adapter_router.engine.forward import Forward
+from adapter_router.engine.inference import Inference
 from adapter_router.engine.jobs import Job, Jobs, name_of
 from adapter_router.engine.leasing import Leases
 from adapter_router.engine.reading import Loaded, Obtain, admitted_copy
 from adapter_router.engine.residency import Residency
-from adapter_router.errors import (
-    AdapterRejected,
-    AdapterRouterError,
-    InternalError,
-)
+from adapter_router.errors import AdapterRejected, AdapterRouterError
 from adapter_router.metrics import EngineMetrics
 from adapter_router.types import (
     TASK_KINDS,
@@ -38,6 +37,7 @@ from adapter_router.types import (
     GenerationEvent,
     HeldAdapter,
     LoadReport,
+    ReplicaLoad,
     ResidencyChange,
     Row,
     RowOutcome,
@@ -64,11 +64,12 @@ class Engine:
         self.metrics = EngineMetrics()
         self.metrics.base_bytes.set(self.base.num_bytes)
         self._residency = Residency(self.base, config, obtain, self.metrics)
-        self._leases = Leases(self._residency, self.metrics)
+        leases = Leases(self._residency, self.metrics)
         self._catalog = Names()
         self._forward = Forward(self.base, self.metrics)
         self._jobs = Jobs(self.base)
-        self._continuations = Continuations(self.base, self._leases)
+        self._inference = Inference(self.base, self._jobs, leases, self._forward, config.max_batch_rows, self.metrics)
+        self._continuations = Continuations(self.base, leases)
 
     def __enter__(self) -> Engine:
         return self
@@ -185,6 +186,10 @@ class Engine:
         """How much of the memory for adapters is taken."""
         return self._residency.capacity()
 
+    def load(self) -> ReplicaLoad:
+        """How busy it has been with adapters of late; ``rows`` is its caller's to fill in."""
+        return self._residency.load()
+
     @property
     def load_s(self) -> float:
         """Running mean of the time an adapter takes to load."""
@@ -212,49 +217,36 @@ class Engine:
         """Answer ``rows`` in order; a row that failed has its error in its place."""
         found = each_version(rows, self._catalog.find)
         known = [(row, v) for row, v in zip(rows, found, strict=True) if not isinstance(v, AdapterRouterError)]
-        answered = iter(self.infer_versions(*zip(*known, strict=True)) if known else ())
+        answered = iter(self.infer_versions([row for row, _ in known], [v for _, v in known]) if known else ())
         return [v if isinstance(v, AdapterRouterError) else next(answered) for v in found]
 
-    def infer_versions(self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None]) -> list[RowOutcome]:
-        """``infer`` with the version of each row named by the caller; None is the bare base."""
+    def infer_versions(
+        self, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], gone: Gone | None = None
+    ) -> list[RowOutcome]:
+        """``infer`` with the version of each row named by the caller; None is the bare base.
+
+        ``gone`` says why nobody waits for a row any more, which then has that as its outcome and takes no part in the
+        forward; by default when its ``timeout_s`` is over, counted from this call.
+        """
         self.metrics.calls.inc()
-        outcomes: dict[int, RowOutcome] = {}
-        jobs = []
-        for index, (row, version) in enumerate(zip(rows, versions, strict=True)):
-            try:
-                jobs.append(self._jobs.job(index, row, version))
-            except AdapterRouterError as error:
-                outcomes[index] = error
-        # Rows of like length share a forward, so that a long one costs the others little padding.
-        jobs.sort(key=lambda job: job.encoded.num_tokens)
-        for start in range(0, len(jobs), self.config.max_batch_rows):
-            self._run(jobs[start : start + self.config.max_batch_rows], outcomes)
-        return [outcomes[index] for index in range(len(rows))]
+        return self._inference.outcomes(rows, versions, gone or Callers(rows).gone)
 
     def generate(self, rows: Sequence[Row]) -> Iterator[GenerationEvent]:
         """Continue ``rows`` greedily; one event a row, when its batch is done. A row that failed is an event, too."""
         jobs: list[Job] = []
+        encodings = Encodings(self.base.encoder)
         for index, row in enumerate(rows):
             try:
                 found = self._catalog.find(row.adapter, row.head)
                 if isinstance(found, AdapterRouterError):
                     raise found
-                job = self._jobs.job(index, row, found)
+                job = self._jobs.job(index, row, found, encodings)
                 self._continuations.check(job)
                 jobs.append(job)
             except AdapterRouterError as error:
                 yield GenerationEvent(index, adapter=name_of(row), error=error)
         for start in range(0, len(jobs), self.config.max_batch_rows):
             yield from self._continuations.events(jobs[start : start + self.config.max_batch_rows])
-
-    def _run(self, jobs: Sequence[Job], outcomes: dict[int, RowOutcome]) -> None:
-        for group, leased in self._leases.groups(jobs):
-            if isinstance(leased, AdapterRouterError):
-                outcomes.update({job.index: leased for job in group})
-                continue
-            works = [Work(job.encoded, job.adapter(leased), job.task) for job in group]
-            for job, answer in zip(group, self._forward.run(works), strict=True):
-                outcomes[job.index] = answer if isinstance(answer, InternalError) else self._jobs.outcome(job, answer)
 
 
 def _report(version: AdapterVersion, loaded: Loaded) -> LoadReport:

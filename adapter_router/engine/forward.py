@@ -13,8 +13,9 @@ import numpy as np
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.inputs import EncodedRow
 from adapter_router.engine.plan import BatchPlan, PlanRow, sorted_order
+from adapter_router.engine.probe import Batch
 from adapter_router.engine.resident import ResidentAdapter
-from adapter_router.errors import InternalError
+from adapter_router.errors import AdapterRouterError, InternalError
 from adapter_router.metrics import EngineMetrics
 from adapter_router.types import Array, TaskKind
 
@@ -29,11 +30,25 @@ _LABELLED = frozenset({"text-classification", "token-classification", "image-cla
 
 @dataclass(frozen=True)
 class Work:
-    """One row on its way through the model; ``adapter`` None is the bare base."""
+    """One row on its way through the model; ``adapter`` None is the bare base.
+
+    ``gone``: why nobody waits for it any more; asked when its turn has come.
+    """
 
     encoded: EncodedRow
     adapter: ResidentAdapter | None
     task: TaskKind
+    gone: Callable[[], AdapterRouterError | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of the model, ready to run. ``order``: numbers of the works in it, as they lie in the plan."""
+
+    order: Sequence[int]
+    plan: BatchPlan
+    features: Batch
+    padding: int | None
 
 
 Answer = TypeVar("Answer")
@@ -47,9 +62,9 @@ class Forward:
         self._base = base
         self._metrics = metrics
 
-    def run(self, works: Sequence[Work]) -> list[Array | InternalError]:
-        """Each row's raw output, unpadded, in order."""
-        answers: dict[int, Array | InternalError] = {}
+    def run(self, works: Sequence[Work]) -> list[Array | AdapterRouterError]:
+        """Each row's raw output, unpadded, in order; InternalError where it failed, else why it was left out."""
+        answers: dict[int, Array | AdapterRouterError] = {}
         for indices in self._batches(works):
             found = bisected([works[index] for index in indices], self._run_once)
             answers.update(zip(indices, found, strict=True))
@@ -81,25 +96,38 @@ class Forward:
         longest = max(work.encoded.num_outputs for work in works)
         return max(1, _MAX_OUTPUT_NUMBERS // (longest * self._base.vocab_size))
 
-    def _run_once(self, works: Sequence[Work]) -> list[Array | InternalError]:
-        rows = [PlanRow(work.adapter, work.task, invocation_start(work)) for work in works]
-        order = sorted_order(rows)
-        chosen = [works[index].encoded for index in order]
-        plan = BatchPlan([rows[index] for index in order], max(row.num_tokens for row in chosen))
-        features = self._base.encoder.collate(chosen, self._base.device)
+    def _run_once(self, works: Sequence[Work]) -> list[Array | AdapterRouterError]:
+        made = self._pass(works, range(len(works)))
         with self._base.lock:
+            gone = {index: error for index, work in enumerate(works) if (error := work.gone()) is not None}
+            if len(gone) == len(works):
+                return [gone[index] for index in range(len(works))]
+            if gone:
+                made = self._pass(works, [index for index in range(len(works)) if index not in gone])
             start = time.perf_counter()
-            padding = self._base.encoder.padding(chosen)
-            outputs = [(s, raw.float().cpu().numpy()) for s, raw in self._base.forward(features, plan, padding)]
+            found = self._base.forward(made.features, made.plan, made.padding)
+            outputs = [(segment, raw.float().cpu().numpy()) for segment, raw in found]
             self._metrics.forward_seconds.observe(time.perf_counter() - start)
         self._metrics.forwards.inc()
-        self._metrics.forward_rows.observe(plan.num_rows)
-        self._metrics.forward_adapters.observe(len(plan.segments))
-        answers: list[Array | InternalError] = [InternalError("the model gave this row no output")] * len(works)
+        self._metrics.forward_rows.observe(made.plan.num_rows)
+        self._metrics.forward_adapters.observe(len(made.plan.segments))
+        answers: list[Array | AdapterRouterError] = [InternalError("the model gave this row no output")] * len(works)
+        for index, error in gone.items():
+            answers[index] = error
         for segment, raw in outputs:
-            for position, row in zip(range(segment.start, segment.stop), raw, strict=True):
-                answers[order[position]] = self._cut(row, works[order[position]])
+            for index, row in zip(made.order[segment.start : segment.stop], raw, strict=True):
+                answers[index] = self._cut(row, works[index])
         return answers
+
+    def _pass(self, works: Sequence[Work], indices: Sequence[int]) -> _Pass:
+        """Those of ``works``; collated before the model is free, so that it need not wait for that."""
+        rows = [PlanRow(works[index].adapter, works[index].task, invocation_start(works[index])) for index in indices]
+        places = sorted_order(rows)
+        order = [indices[place] for place in places]
+        encoded = [works[index].encoded for index in order]
+        plan = BatchPlan([rows[place] for place in places], max(row.num_tokens for row in encoded))
+        encoder = self._base.encoder
+        return _Pass(order, plan, encoder.collate(encoded, self._base.device), encoder.padding(encoded))
 
     def _cut(self, raw: Array, work: Work) -> Array | InternalError:
         """The row's own tokens and labels, without padding."""
@@ -111,11 +139,11 @@ class Forward:
 
 
 def bisected(
-    works: Sequence[SomeWork], run: Callable[[Sequence[SomeWork]], list[Answer | InternalError]]
+    works: Sequence[SomeWork], run: Callable[[Sequence[SomeWork]], list[Answer]]
 ) -> list[Answer | InternalError]:
     """``run`` all of ``works``; when that raises, halves of them, so that only the row to blame fails."""
     try:
-        return run(works)
+        return [*run(works)]
     except Exception as error:
         if len(works) == 1:
             adapter = works[0].adapter

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from adapter_router.catalog.mixing import spelled
 from adapter_router.engine.base_model import BaseModel
+from adapter_router.engine.encodings import Encodings
 from adapter_router.engine.inputs import EncodedRow
 from adapter_router.engine.resident import ResidentAdapter
 from adapter_router.engine.tasks.answering import Answerer, Given, Reader, answerer, text_prefix
@@ -64,10 +65,10 @@ class Jobs:
     def __init__(self, base: BaseModel) -> None:
         self._base = base
 
-    def job(self, index: int, row: Row, version: AdapterVersion | None) -> Job:
+    def job(self, index: int, row: Row, version: AdapterVersion | None, encodings: Encodings) -> Job:
         """``row``, encoded for ``version``; None is the bare base. Raises AdapterRouterError and nothing else."""
         try:
-            return self._encoded(index, row, version)
+            return self._encoded(index, row, version, encodings)
         except AdapterRouterError:
             raise
         except Exception as error:
@@ -82,7 +83,7 @@ class Jobs:
             logger.exception("a row of adapter %s cannot be answered", job.name)
             return InternalError(f"the output cannot be read as an answer: {type(error).__name__}")
 
-    def _encoded(self, index: int, row: Row, version: AdapterVersion | None) -> Job:
+    def _encoded(self, index: int, row: Row, version: AdapterVersion | None, encodings: Encodings) -> Job:
         task = version.task if version else row.task or self._base.tasks[0]
         if row.task is not None and row.task != task:
             raise TaskMismatch(f"adapter {row.adapter!r} serves {task}, not {row.task}", "task")
@@ -103,7 +104,7 @@ class Jobs:
         if task == "token-classification" and isinstance(row.inputs, tuple):
             raise InvalidRequest("token-classification takes one text, not a pair", "inputs")
         answer = answerer(task, reader, row.parameters)
-        encoded = self._base.encoder.encode(row, text_prefix(task, reader, row.parameters))
+        encoded = encodings.encode(row, text_prefix(task, reader, row.parameters))
         if version is not None and task == "question-answering":
             encoded = encoded.without(_UNSEEN)
         return Job(index, row, task, encoded, answer, version)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from adapter_router.adapters.validate import Request
 from adapter_router.catalog.store import StoredAdapter
+from adapter_router.engine.activity import Activity
 from adapter_router.engine.base_model import BaseModel
 from adapter_router.engine.lanes import Lanes
 from adapter_router.engine.placing import place
@@ -54,11 +55,20 @@ class Arrival:
 class Loading:
     """Loader threads. One load that hangs, fails or takes long delays no other source's."""
 
-    def __init__(self, base: BaseModel, obtain: Obtain, threads: int, fits: Fits, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        obtain: Obtain,
+        threads: int,
+        fits: Fits,
+        activity: Activity,
+        metrics: EngineMetrics,
+    ) -> None:
         """``threads``: adapters checked and converted at once; one mix beside them."""
         self._base = base
         self._reader = Reader(base, obtain)
         self._fits = fits
+        self._activity = activity
         self._metrics = metrics
         self._near = Lanes("adapter-loader", threads + _READS_AHEAD, 3 * (threads + _READS_AHEAD))
         self._far = Lanes("adapter-fetcher", _FETCHES, _MOST_FETCHES)
@@ -74,7 +84,9 @@ class Loading:
         """Load an adapter or a mix and hand it to ``finish``, in a thread of the load's own lane."""
 
         def run() -> None:
-            finish(self._timed(*_keys(version), lambda: self._read(version)))
+            with self._activity.loading():
+                arrival = self._timed(*_keys(version), lambda: self._read(version))
+            finish(arrival)
 
         kind = "mix" if version.parts else "adapter"
         origins = {_origin(part.version) for part in version.parts} if version.parts else {_origin(version)}

@@ -25,7 +25,7 @@ from adapter_router.engine.tiers import Tiers
 from adapter_router.engine.transfer import Transfer
 from adapter_router.errors import AdapterRouterError, AdapterUnavailable
 from adapter_router.metrics import EngineMetrics
-from adapter_router.types import AdapterVersion, Capacity, HeldAdapter, ResidencyChange
+from adapter_router.types import AdapterVersion, Capacity, HeldAdapter, ReplicaLoad, ResidencyChange
 
 Key = TypeVar("Key", bound=Hashable)
 """What the caller tells the adapters it asks for apart by."""
@@ -37,7 +37,7 @@ class Residency:
     def __init__(self, base: BaseModel, config: EngineConfig, obtain: Obtain, metrics: EngineMetrics) -> None:
         self._changed = threading.Condition()
         self._tiers = Tiers(config.adapter_memory_bytes, config.host_memory_bytes, Transfer(base.device), metrics)
-        self._loading = Loading(base, obtain, config.loader_threads, self._tiers.unfit, metrics)
+        self._loading = Loading(base, obtain, config.loader_threads, self._tiers.unfit, self._tiers.activity, metrics)
         self._loads = Loads(base.fingerprint, self._loading, self._tiers, self._changed, metrics)
 
     @property
@@ -172,3 +172,15 @@ class Residency:
         """How much of the memory is taken."""
         with self._changed:
             return self._tiers.capacity()
+
+    def load(self) -> ReplicaLoad:
+        """How busy loading and evicting has been of late; whose rows wait is not known here."""
+        with self._changed:
+            capacity, activity = self._tiers.capacity(), self._tiers.activity
+        return ReplicaLoad(
+            load_s=self.load_s,
+            loading_fraction=activity.loading_fraction,
+            evictions_s=activity.evictions_s,
+            used_bytes=capacity.device_used,
+            capacity_bytes=capacity.device_bytes,
+        )

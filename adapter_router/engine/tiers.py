@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from adapter_router.engine.activity import Activity
 from adapter_router.engine.change_log import ChangeLog
 from adapter_router.engine.eviction import Popularity
 from adapter_router.engine.host_tier import HostTier
@@ -34,6 +35,7 @@ class Tiers:
         metrics: EngineMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.activity = Activity(clock)
         self.popularity = Popularity()
         self.slots = SlotTable(device_bytes, self.popularity.worth)
         self.host = HostTier(host_bytes, self.popularity.worth)
@@ -221,6 +223,7 @@ class Tiers:
         self.slots.remove(digest)
         adapter = self._device.pop(digest)
         self._metrics.evictions.inc()
+        self.activity.evicted()
         try:
             gone = self.host.offer(adapter, self._transfer.to_host)
         except RuntimeError:  # of CUDA, which has no host memory to give: whoever needs the room gets it all the same

@@ -70,7 +70,7 @@ class Accounts:
         late = [entry for entry in rows if not entry.answer.done()]
         self._pressure.missed(len(late), self._clock())
         given = [entry.deadline - entry.arrived for entry in late]
-        return self.finish(late, [DeadlineExceeded(f"no answer within {seconds:g} s") for seconds in given])
+        return self.finish(late, [DeadlineExceeded(f"no answer within {seconds:.3g} s") for seconds in given])
 
     def cancelled(self, rows: Sequence[Waiting]) -> None:
         """The callers of these rows have gone."""
@@ -83,7 +83,7 @@ class Accounts:
         timeout_s = min(entry.deadline for entry in entries) - now
         error: AdapterRouterError | None = None
         if not timeout_s > 0:
-            error = DeadlineExceeded(f"the row came with {timeout_s:g} s left")
+            error = DeadlineExceeded(f"the row came with {timeout_s:.3g} s left")
         else:
             error = self._admission.refusal(tenant, len(entries), tokens, timeout_s, now)
         if error is not None:

@@ -14,10 +14,12 @@ import numpy as np
 
 from adapter_router.routing.copies import Copies
 from adapter_router.routing.homes import Homes
+from adapter_router.routing.portions import Portions
 from adapter_router.types import ResidencyChange, ShardReply
 
 _SMOOTHING = 0.2  # weight of the newest observation in the running means
-_SLOWLY = 0.01
+_SLOWLY = 0.01  # the same where a single one says little
+_ENOUGH = 100.0  # rows, before they say anything of who gets how many
 _MOST_COST = 4.0  # an adapter counts as at most so many usual ones, or so small a part
 
 
@@ -39,9 +41,10 @@ class ReplicaState:
     """What is known of one replica. Read by anybody; rows, calls and adapters are changed by its ``Fleet`` alone.
 
     ``resident`` is what it held at ``revision``, as it counts its own changes. ``loading`` counts, by adapter, what
-    waits there for it to come: calls in flight, and rows whose call has not left; ``warm_calls`` those that wait for nothing. ``queued``: rows of this router
-    that are meant for it and have not left; ``in_flight``: sent and not answered; ``others``: of other routers, as its
-    last reply told. ``choosable``: it may get rows just now. ``place``: in the fleet's arrays, -1 once it has gone.
+    waits there for it to come: calls in flight, and rows whose call has not left; ``warm_calls`` are those that wait
+    for nothing. ``queued``: rows of this router that are meant for it and have not left; ``in_flight``: sent and not
+    answered; ``others``: of other routers, as its last reply told. ``choosable``: it may get rows just now. ``place``:
+    in the fleet's arrays, -1 once it has gone.
     """
 
     replica: str
@@ -102,7 +105,8 @@ class Fleet:
         self._choosable_rows = 0
         self._choosable_weight = 0.0
         self._usual_bytes = 0.0
-        self._mine = self._everybodys = 1.0
+        self._portions = Portions()
+        self._mine = self._everybodys = 1.0  # rows at a replica as a reply finds them, of this router and of all
 
     def sync(self, members: Iterable[Member]) -> tuple[list[ReplicaState], list[ReplicaState]]:
         """Make ``members`` the living ones: who has come, and who has gone.
@@ -118,6 +122,7 @@ class Fleet:
         came = [ReplicaState(m.replica, m.home, m.weight) for m in living.values() if m.replica not in self._states]
         for state in gone:
             self._forget(state)
+            self._portions.forget(state.replica)
         known = {state.replica: state for state in (*self._states.values(), *came)}
         self._states = {replica: known[replica] for replica in living}
         for replica, state in self._states.items():
@@ -154,12 +159,18 @@ class Fleet:
 
     @property
     def routers(self) -> float:
-        """By how much all routers' rows are more than this one's, as replies tell: how many routers, if all are alike."""
+        """All routers' rows over this one's, as replies find them: how many there are, if all are alike."""
         return self._everybodys / self._mine if self._mine > 0.01 else 1.0
 
     def mean_rows(self, more: int) -> float:
         """Rows for a weight of 1, on those that may get rows, when ``more`` have been added."""
         return (self._choosable_rows + more) / self._choosable_weight
+
+    def busyness(self, state: ReplicaState) -> float:
+        """What this router gave it of late, for its weight, over the mean: 1 for who got its fair share."""
+        if self._portions.total < _ENOUGH:
+            return 1.0
+        return self._portions.of(state.replica) * self._choosable_weight / state.weight
 
     def least_loaded(self, count: int) -> list[ReplicaState]:
         """The ``count`` choosable replicas with the fewest rows for their weight, fewest first."""
@@ -182,6 +193,8 @@ class Fleet:
         """So many more rows wait here to be sent to ``state``; fewer, where negative."""
         state.queued += rows
         self._count(state, rows)
+        if rows > 0 and state.place >= 0:
+            self._portions.add(state.replica, rows, len(self._placed))
 
     def sent(self, state: ReplicaState, rows: int, cold: str | None) -> None:
         """A call of that many queued rows left for it; ``cold`` is the adapter it waits for there, if any."""
@@ -229,7 +242,10 @@ class Fleet:
         state.load_s = reply.load.load_s
         if row_s is not None:
             state.row_s += _SMOOTHING * (row_s - state.row_s)
-        others = max(0, reply.load.rows - max(0, state.in_flight - len(reply.outcomes)))
+        mine = max(0, state.in_flight - len(reply.outcomes))
+        others = max(0, reply.load.rows - mine)
+        self._mine += _SLOWLY * (mine - self._mine)
+        self._everybodys += _SLOWLY * (mine + others - self._everybodys)
         state.others, more = others, others - state.others
         self._count(state, more)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest
+from adapter_router.errors import AdapterRouterError, InternalError, InvalidRequest, Overloaded
 from deployments.api import (
     adapters,
     aliases,
     classify,
+    classify_multi,
     embeddings,
     image_classify,
     lora,
@@ -29,8 +31,19 @@ from deployments.api import (
 
 logger = logging.getLogger(__name__)
 
-_DIALECTS = (classify, token_classify, image_classify, question_answer, embeddings, score, operation)
+_DIALECTS = (
+    classify,
+    classify_multi,
+    token_classify,
+    image_classify,
+    question_answer,
+    embeddings,
+    score,
+    operation,
+)
 _ADMIN = (models, lora, adapters, aliases, residency, manifest)
+
+_LONGEST_RETRY_S = 3600.0
 
 # What the framework itself answers: status -> (type, code).
 _HTTP_ERRORS = {
@@ -66,8 +79,14 @@ async def _on_fault(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterRouterError)
-    headers = {"Retry-After": "1"} if error.retryable else None
+    headers = {"Retry-After": str(_retry_after(error))} if error.retryable else None
     return AsciiJSONResponse(error.body(), error.status, headers)
+
+
+def _retry_after(error: AdapterRouterError) -> int:
+    """Whole seconds: not before they have passed, and never for good."""
+    seconds = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+    return max(1, math.ceil(min(seconds, _LONGEST_RETRY_S)))
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from adapter_router.types import Row
-from deployments.api.envelope import TextOrTokens, TextRequest, answer, envelope, indexed, split_inputs
-from deployments.router import Router, current_router
+from deployments.api.caller import CurrentCaller
+from deployments.api.envelope import TextOrTokens, indexed, split_inputs
+from deployments.api.fan_out import FanOutRequest, respond
 
 routes = APIRouter()
 
 
-class ClassifyRequest(TextRequest):
+class ClassifyRequest(FanOutRequest):
     """vLLM's request."""
 
     input: TextOrTokens
     use_activation: bool = True
-    priority: int = 0
 
     def rows(self) -> list[Row]:
         """One row for each input."""
@@ -34,7 +34,6 @@ class ClassifyRequest(TextRequest):
 
 @routes.post("/v1/classify")
 @routes.post("/classify", include_in_schema=False)
-async def classify(request: ClassifyRequest, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
-    """Label every input with one adapter."""
-    results = await answer(router, request.rows())
-    return envelope("classify", request, results, data=indexed(results))
+async def classify(request: ClassifyRequest, caller: CurrentCaller) -> dict[str, Any]:
+    """Label every input with one adapter, or with each of several."""
+    return await respond(caller, "classify", request, indexed)

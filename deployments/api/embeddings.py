@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 
 from adapter_router.errors import InvalidRequest
 from adapter_router.types import Embedding, Row, RowResult
-from deployments.api.envelope import TextOrTokens, TextRequest, answer, envelope, split_inputs
-from deployments.router import Router, current_router
+from deployments.api.caller import CurrentCaller
+from deployments.api.envelope import TextOrTokens, split_inputs
+from deployments.api.fan_out import FanOutRequest, respond
 
 routes = APIRouter()
 
 
-class EmbeddingsRequest(TextRequest):
+class EmbeddingsRequest(FanOutRequest):
     """OpenAI's request; ``base64`` is of little-endian float32."""
 
     input: TextOrTokens
@@ -39,24 +42,26 @@ class EmbeddingsRequest(TextRequest):
 
 
 @routes.post("/v1/embeddings")
-async def embeddings(request: EmbeddingsRequest, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
-    """Embed every input with one adapter."""
-    results = await answer(router, request.rows())
-    vectors = [vector(result) for result in results]
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": _encoded(values) if request.encoding_format == "base64" else values,
-        }
-        for index, values in enumerate(vectors)
-    ]
-    return envelope("embd", request, results, data=data)
+async def embeddings(request: EmbeddingsRequest, caller: CurrentCaller) -> dict[str, Any]:
+    """Embed every input with one adapter, or with each of several."""
+    return await respond(caller, "embd", request, partial(_data, request.encoding_format))
 
 
 def vector(result: RowResult) -> list[float] | list[list[float]]:
     """What a row of task ``embedding`` answered."""
     return cast(Embedding, result.output)["embedding"]
+
+
+def _data(encoding_format: str, results: Sequence[RowResult]) -> list[dict[str, Any]]:
+    vectors = [vector(result) for result in results]
+    return [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _encoded(values) if encoding_format == "base64" else values,
+        }
+        for index, values in enumerate(vectors)
+    ]
 
 
 def _encoded(values: list[float] | list[list[float]]) -> str:

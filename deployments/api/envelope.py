@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapter_router.errors import AdapterRouterError
-from adapter_router.types import Inputs, Row, RowResult
-from deployments.router import Router
+from adapter_router.types import Inputs, RowResult
 
 Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -48,31 +46,39 @@ class MergedAdapters(BaseModel):
         return dict(zip(self.ids, self.weights or [1.0] * len(self.ids), strict=True))
 
 
-class AdapterRequest(BaseModel):
-    """``model`` is an adapter's name, the base's, absent for the base, or the weights of a mix by name.
+class InferenceRequest(BaseModel):
+    """``user``: gets one version of an adapter whose traffic is split, always the same.
 
-    ``merged_adapters`` is a mix, too. ``head``: see ``Row``. ``user``: gets one version of an adapter whose traffic is
-    split, always the same.
+    ``priority``: of one tenant's rows for one adapter lower values go first.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    user: str | None = None
+    request_id: str | None = None
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+    @cached_property
+    def sticky_key(self) -> str:
+        """All rows of one caller, or else of one request, get the same version of a split adapter."""
+        return self.user or uuid.uuid4().hex
+
+
+class AdapterRequest(InferenceRequest):
+    """``model`` is an adapter's name, the base's, absent for the base, or the weights of a mix by name.
+
+    ``merged_adapters`` is a mix, too. ``head``: see ``Row``.
+    """
+
     model: str | dict[str, float] | None = None
     merged_adapters: MergedAdapters | None = None
     head: str | None = None
-    user: str | None = None
-    request_id: str | None = None
 
     @model_validator(mode="after")
     def _check_one_adapter(self) -> Self:
         if self.model and self.merged_adapters:
             raise ValueError("model and merged_adapters both say who answers; leave model out or empty")
         return self
-
-    @cached_property
-    def sticky_key(self) -> str:
-        """All rows of one caller, or else of one request, get the same version of a split adapter."""
-        return self.user or uuid.uuid4().hex
 
     @property
     def adapter(self) -> str | dict[str, float] | None:
@@ -95,25 +101,22 @@ def split_inputs(value: TextOrTokens) -> list[Inputs]:
     return [entry if isinstance(entry, str) else {"input_ids": np.asarray(entry)} for entry in value]
 
 
-async def answer(router: Router, rows: Sequence[Row]) -> list[RowResult]:
-    """Results of ``rows``. Raises the error of the first that failed."""
-    results = []
-    for outcome in await router.infer_many(rows):
-        if isinstance(outcome, AdapterRouterError):
-            raise outcome
-        results.append(outcome)
-    return results
-
-
 def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /, **content: Any) -> dict[str, Any]:
     """The whole body of an answer around ``content``: vLLM's fields, and which adapter version said it."""
+    model = results[0].adapter if request.merged_adapters else request.model
+    return {**frame(kind, request, model, results, **content), "adapter": answered_by(results)}
+
+
+def frame(
+    kind: str, request: InferenceRequest, model: Any, results: Sequence[RowResult], /, **content: Any
+) -> dict[str, Any]:
+    """vLLM's fields around ``content``; ``usage`` counts the tokens of every one of ``results``."""
     tokens = sum(result.num_tokens for result in results)
-    parts = [{"name": name, "version": version, "weight": weight} for name, version, weight in results[0].parts]
     return {
         "id": f"{kind}-{request.request_id or uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": results[0].adapter if request.merged_adapters else request.model,
+        "model": model,
         **content,
         "usage": {
             "prompt_tokens": tokens,
@@ -121,12 +124,17 @@ def envelope(kind: str, request: AdapterRequest, results: Sequence[RowResult], /
             "completion_tokens": 0,
             "prompt_tokens_details": None,
         },
-        "adapter": {
-            "name": results[0].adapter,
-            "version": results[0].version,
-            **({"parts": parts} if parts else {}),
-            "replicas": sorted({result.replica or "" for result in results}),
-        },
+    }
+
+
+def answered_by(results: Sequence[RowResult]) -> dict[str, Any]:
+    """The adapter, its version, and the replicas that gave ``results``."""
+    parts = [{"name": name, "version": version, "weight": weight} for name, version, weight in results[0].parts]
+    return {
+        "name": results[0].adapter,
+        "version": results[0].version,
+        **({"parts": parts} if parts else {}),
+        "replicas": sorted({result.replica or "" for result in results}),
     }
 
 

@@ -8,14 +8,14 @@ import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 
 from adapter_router.errors import AdapterUnavailable, InvalidRequest
 from adapter_router.types import AdapterVersion, Classification, Row, RowResult
-from deployments.api.envelope import AdapterRequest, Text, answer, envelope, indexed
-from deployments.router import Router, current_router
+from deployments.api.caller import Caller, CurrentCaller
+from deployments.api.envelope import AdapterRequest, Text, envelope, indexed
 
 routes = APIRouter()
 
@@ -51,13 +51,13 @@ _BODIES = {
 
 
 @routes.post("/v1/image-classify", openapi_extra={"requestBody": {"required": True, "content": _BODIES}})
-async def image_classify(request: Request, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
+async def image_classify(request: Request, caller: CurrentCaller) -> dict[str, Any]:
     """Label every image with one adapter. With an image as the body, options are query parameters."""
     options, images = await _read(request)
-    results = await answer(router, [options.row(image) for image in images])
+    results = await caller.answer([options.row(image) for image in images], options.priority)
     data = indexed(results)
     if options.top_k:
-        for entry, best in zip(data, await _best(router, options, results), strict=True):
+        for entry, best in zip(data, await _best(caller, options, results), strict=True):
             entry["top_k"] = best
     return envelope("image-classify", options, results, data=data)
 
@@ -103,10 +103,10 @@ def _decoded(text: str) -> bytes:
         raise InvalidRequest(f"an image must be base64 or a data: URL of it ({error})", "input") from error
 
 
-async def _best(router: Router, options: ImageOptions, results: Sequence[RowResult]) -> list[list[dict[str, Any]]]:
+async def _best(caller: Caller, options: ImageOptions, results: Sequence[RowResult]) -> list[list[dict[str, Any]]]:
     """Of each result the ``top_k`` labels, best first."""
     row = options.row(b"")
-    version, base = await router.version_of(row), router.base_of(row)
+    version, base = await caller.version_of(row), caller.router.base_of(row)
     labels = (
         {version.digest: version.labels} if isinstance(version, AdapterVersion) else {base.fingerprint: base.labels}
     )

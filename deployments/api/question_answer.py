@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 
 from adapter_router.types import Row
-from deployments.api.envelope import Text, TextRequest, answer, envelope
-from deployments.router import Router, current_router
+from deployments.api.caller import CurrentCaller
+from deployments.api.envelope import Text, TextRequest, envelope
 
 routes = APIRouter()
 
@@ -38,9 +38,7 @@ class QuestionAnswerRequest(TextRequest):
 
 
 @routes.post("/v1/question-answer")
-async def question_answer(
-    request: QuestionAnswerRequest, router: Annotated[Router, Depends(current_router)]
-) -> dict[str, Any]:
+async def question_answer(request: QuestionAnswerRequest, caller: CurrentCaller) -> dict[str, Any]:
     """Answer one question with one adapter."""
-    results = await answer(router, [request.row()])
+    results = await caller.answer([request.row()], request.priority)
     return envelope("question-answer", request, results, **results[0].output)

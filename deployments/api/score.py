@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from adapter_router.errors import InvalidRequest, TaskMismatch
 from adapter_router.types import AdapterVersion, Array, Classification, Row, RowResult, TaskKind
+from deployments.api.caller import Caller, CurrentCaller
 from deployments.api.embeddings import vector
-from deployments.api.envelope import TextRequest, Texts, answer, envelope
-from deployments.router import Router, current_router
+from deployments.api.envelope import TextRequest, Texts, envelope
 
 routes = APIRouter()
 
@@ -55,19 +55,19 @@ class RerankRequest(TextRequest):
 
 @routes.post("/v1/score")
 @routes.post("/score", include_in_schema=False)
-async def score(request: ScoreRequest, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
+async def score(request: ScoreRequest, caller: CurrentCaller) -> dict[str, Any]:
     """Score pairs of texts with one adapter."""
-    results, scores = await _scored(router, request, *request.sides())
+    results, scores = await _scored(caller, request, *request.sides())
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
     return envelope("score", request, results, data=data)
 
 
 @routes.post("/v1/rerank")
 @routes.post("/rerank", include_in_schema=False)
-async def rerank(request: RerankRequest, router: Annotated[Router, Depends(current_router)]) -> dict[str, Any]:
+async def rerank(request: RerankRequest, caller: CurrentCaller) -> dict[str, Any]:
     """Documents in order of their relevance to the query."""
     texts = [document if isinstance(document, str) else document.text for document in request.documents]
-    results, scores = await _scored(router, request, [request.query], texts)
+    results, scores = await _scored(caller, request, [request.query], texts)
     ranked: list[dict[str, Any]] = []
     for index in sorted(range(len(texts)), key=lambda index: -scores[index])[: request.top_n or None]:
         document = {"document": {"text": texts[index]}} if request.return_documents else {}
@@ -76,7 +76,7 @@ async def rerank(request: RerankRequest, router: Annotated[Router, Depends(curre
 
 
 async def _scored(
-    router: Router, request: TextRequest, left: Sequence[str], right: Sequence[str]
+    caller: Caller, request: TextRequest, left: Sequence[str], right: Sequence[str]
 ) -> tuple[list[RowResult], list[float]]:
     """One score for each text on the right."""
     parameters = {"truncate_prompt_tokens": request.truncate_prompt_tokens}
@@ -84,21 +84,21 @@ async def _scored(
     def row(inputs: str | tuple[str, str], task: TaskKind) -> Row:
         return Row(inputs, request.adapter, task, parameters, request.head, request.sticky_key)
 
-    if await _task(router, row(right[0], "embedding")) == "embedding":
+    if await _task(caller, row(right[0], "embedding")) == "embedding":
         rows = [row(text, "embedding") for text in (*left, *right)]
-        results = await answer(router, rows)
+        results = await caller.answer(rows, request.priority)
         return results, _cosines(results[: len(left)], results[len(left) :])
     pairs = zip(list(left) * (len(right) // len(left)), right, strict=True)
-    results = await answer(router, [row(pair, "text-classification") for pair in pairs])
+    results = await caller.answer([row(pair, "text-classification") for pair in pairs], request.priority)
     return results, [_only_label(result) for result in results]
 
 
-async def _task(router: Router, row: Row) -> TaskKind:
+async def _task(caller: Caller, row: Row) -> TaskKind:
     """What the row's adapter does; the bare base classifies where it has a head for it, and embeds where it can."""
-    version = await router.version_of(row)
+    version = await caller.version_of(row)
     if isinstance(version, AdapterVersion):
         return version.task
-    base = router.base_of(row)
+    base = caller.router.base_of(row)
     return "embedding" if base.labels is None and "embedding" in base.tasks else "text-classification"
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 
 from adapter_router.types import Row
-from deployments.api.envelope import TextRequest, Texts, answer, envelope, indexed
-from deployments.router import Router, current_router
+from deployments.api.caller import CurrentCaller
+from deployments.api.envelope import Texts, indexed
+from deployments.api.fan_out import FanOutRequest, respond
 
 routes = APIRouter()
 
+AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 
-class TokenClassifyRequest(TextRequest):
+
+class TokenClassifyRequest(FanOutRequest):
     """One text or several, and how tokens become entities."""
 
     input: str | Texts
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    aggregation_strategy: AggregationStrategy = "simple"
     ignore_labels: list[str] = Field(default=["O"])
 
     def rows(self) -> list[Row]:
@@ -35,9 +38,6 @@ class TokenClassifyRequest(TextRequest):
 
 
 @routes.post("/v1/token-classify")
-async def token_classify(
-    request: TokenClassifyRequest, router: Annotated[Router, Depends(current_router)]
-) -> dict[str, Any]:
-    """Find the entities of every text with one adapter."""
-    results = await answer(router, request.rows())
-    return envelope("token-classify", request, results, data=indexed(results))
+async def token_classify(request: TokenClassifyRequest, caller: CurrentCaller) -> dict[str, Any]:
+    """Find the entities of every text with one adapter, or with each of several."""
+    return await respond(caller, "token-classify", request, indexed)

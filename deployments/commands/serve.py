@@ -24,7 +24,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0: it was told to stop; 2: the config cannot be read."""
-    from deployments.local import deploy, local_ray, read_config  # noqa: PLC0415 - Ray and torch take seconds
+    from deployments.local import deploy_all, local_ray, read_config  # noqa: PLC0415 - Ray and torch take seconds
 
     try:
         apps = read_config(Path(resolve(args.config)))
@@ -32,10 +32,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.config}: {error}", file=sys.stderr)
         return 2
     for app in apps:
-        print(f"starting {app.args.replicas} replicas of {app.args.base} at {app.route_prefix}", flush=True)
+        scale = app.args.autoscaling
+        replicas = app.args.replicas if scale is None else f"{scale.min_replicas} to {scale.max_replicas}"
+        print(f"starting {replicas} replicas of {app.args.base} at {app.route_prefix}", flush=True)
     with local_ray(args.port, args.host, log_to_stderr=True):
-        for app in apps:
-            deploy(app.args, app.name, app.route_prefix)
+        deploy_all(apps)
         print(
             f"serving on http://{args.host}:{args.port} - try GET /v1/models, POST /v1/classify, GET /metrics; ", end=""
         )

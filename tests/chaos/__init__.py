@@ -1,0 +1,1 @@
+"""Load that never stops, a history of every request, and the processes to kill."""
