@@ -40,9 +40,7 @@ class Pool:
         self, replicas: DeploymentHandle, base: BaseInfo, routing: RoutingConfig, metrics: RouterMetrics
     ) -> None:
         self.base = base
-        self.dispatcher = Dispatcher(
-            self._send, self._members, routing, metrics, self._warm, max_tokens=base.max_tokens
-        )
+        self.dispatcher = Dispatcher(self, routing, metrics, max_tokens=base.max_tokens)
         self._replicas = replicas
         self._checks = asyncio.Semaphore(_CHECKS)
 
@@ -58,7 +56,7 @@ class Pool:
 
     def living(self) -> tuple[str, ...]:
         """The living replicas."""
-        return tuple(member.replica for member in self._members())
+        return tuple(member.replica for member in self.members())
 
     async def call(self, replica: str, method: str, *args: Any, by_reference: bool = False) -> Any:
         """Call one replica. Raises ReplicaLost when it is gone."""
@@ -110,18 +108,20 @@ class Pool:
             self.dispatcher.fleet.loaded(replica, stored.digest)
         return report
 
-    def _members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[Member, ...]:
+        """The living replicas, as routing sees them."""
         return replica_view.members(self._replicas.app_name, self._replicas.deployment_name)
 
-    async def _warm(self, replica: str, version: AdapterVersion) -> None:
+    async def warm(self, replica: str, version: AdapterVersion) -> None:
         """Have one replica load an adapter. Raises why it cannot."""
         error: AdapterRouterError | None = await self.call(replica, "warm", version)
         if error is not None:
             raise error
 
-    async def _send(
+    async def send(
         self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
     ) -> ShardReply:
+        """One call of one replica, whose residency is known up to ``known``. Raises ReplicaLost when it is gone."""
         by_reference = len(pickle.dumps((rows, versions))) > _BY_VALUE_BYTES
         reply: ShardReply = await self.call(replica, "infer", rows, versions, known, by_reference=by_reference)
         return reply

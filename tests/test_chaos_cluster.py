@@ -17,7 +17,7 @@ from deployments.local import deploy
 from tests.chaos.events import ROUNDS, assert_unharmed, record
 from tests.chaos.history import History
 from tests.chaos.load import Load, alone, by_handle, by_http
-from tests.chaos.processes import PROXY, actor_pids, kill, node_pids, wait_for_successors
+from tests.chaos.processes import PROXY, actor_pids, kill, node_pids, stopped, wait_for_successors
 from tests.serving import Application, demo_args, free_port, serve_pids, wait_for
 
 pytestmark = pytest.mark.serve
@@ -70,8 +70,10 @@ def test_a_lost_node_loses_nothing(nodes: Application, history: History, cluster
             (node,) = [node for node in cluster.worker_nodes if router in node_pids(node)]
             lost = node_pids(node)
             assert len(replicas & set(lost)) == 1
-            start = monotonic()
-            kill(lost)
+            with stopped(*replicas):
+                wait_for(lambda: load.in_flight >= 12)  # the oldest have been with the router for a while
+                start = monotonic()
+                kill(lost)
             load.wait_for_answers()
             moments.append((start, monotonic()))
             cluster.remove_node(node, allow_graceful=False)
@@ -80,6 +82,7 @@ def test_a_lost_node_loses_nothing(nodes: Application, history: History, cluster
             load.wait_for_answers()
     record("node lost", history, moments)
     assert_unharmed(history)
+    assert history.verdict().retried, "nothing was in flight: the test proved nothing"
 
 
 def test_a_killed_proxy_is_back_soon(nodes: Application, history: History) -> None:

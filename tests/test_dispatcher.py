@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ class Replicas:
         self.running: Counter[str] = Counter()
         self.dying: set[str] = set()
 
+    def members(self) -> list[Member]:
+        return [Member(name, name) for name in self.living]
+
+    async def warm(self, replica: str, wanted: AdapterVersion) -> None:
+        self.resident[replica].add(wanted.digest)
+
     async def send(
         self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], _: int
     ) -> ShardReply:
@@ -68,17 +74,31 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def dispatcher(replicas: Replicas, metrics: RouterMetrics | None = None, **config: Any) -> Dispatcher:
-    return Dispatcher(
-        replicas.send, lambda: members(*replicas.living), RoutingConfig(**config), metrics or RouterMetrics()
-    )
+    return Dispatcher(replicas, RoutingConfig(**config), metrics or RouterMetrics())
 
 
-def members(*names: str) -> list[Member]:
-    return [Member(name, name) for name in names]
+class Sending(Replicas):
+    """Replicas whose answers are those of ``answer``."""
+
+    def __init__(self, answer: Callable[..., Awaitable[ShardReply]], *names: str) -> None:
+        super().__init__(*names)
+        self.answer = answer
+
+    async def send(
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
+    ) -> ShardReply:
+        return await self.answer(replica, rows, versions, known)
 
 
 def rows(count: int, adapters: int) -> list[tuple[Row, AdapterVersion | None]]:
     return [(Row(str(i), f"a{i % adapters}"), version(f"a{i % adapters}")) for i in range(count)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Raises TimeoutError after 10 s."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # nobody tells of these
+            await asyncio.sleep(0.005)
 
 
 def labels(outcomes: Sequence[RowOutcome]) -> list[str]:
@@ -173,7 +193,7 @@ def test_a_stuck_load_leaves_room_for_the_others() -> None:
                 await asyncio.Event().wait()
             return ShardReply(replica, [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent], ResidencyChange(0))
 
-        router = Dispatcher(send, lambda: members("r0"), RoutingConfig(), RouterMetrics())
+        router = dispatcher(Sending(send, "r0"))
         stuck = []
         for _ in range(100):
             stuck.append(asyncio.create_task(router.submit([(Row("x", "stuck"), version("stuck"))])))
@@ -345,7 +365,7 @@ def test_a_short_reply_leaves_nobody_waiting() -> None:
         async def send(replica: str, *_: object) -> ShardReply:
             return ShardReply(replica, [], ResidencyChange(0))
 
-        router = Dispatcher(send, lambda: members("r0"), RoutingConfig(), RouterMetrics())
+        router = dispatcher(Sending(send, "r0"))
         (outcome,) = await router.submit([(Row("x"), None)])
         assert isinstance(outcome, InternalError)
         await router.close()
@@ -359,8 +379,7 @@ def test_calls_for_cold_adapters_are_bounded() -> None:
         router = dispatcher(replicas)
         rows_of_all = [(Row(str(i), f"a{i}"), version(f"a{i}")) for i in range(200)]
         pending = [asyncio.create_task(router.submit([row])) for row in rows_of_all]
-        while not replicas.running["r0"]:
-            await asyncio.sleep(0.01)
+        await until(lambda: replicas.running["r0"] > 0)
         assert replicas.running["r0"] == 64
         assert [labels(await task) for task in pending] == [[str(i)] for i in range(200)]
         await router.close()
@@ -387,7 +406,7 @@ def test_a_fault_while_rows_are_sent_again_leaves_nobody_waiting() -> None:
         def broken(_: int) -> list[ReplicaState]:
             raise RuntimeError("a fault of ours")
 
-        router = Dispatcher(send, lambda: members("r0", "r1"), RoutingConfig(), RouterMetrics())
+        router = dispatcher(Sending(send, "r0", "r1"))
         (outcome,) = await router.submit([(Row("x"), None)])
         assert isinstance(outcome, ReplicaLost)
         await router.close()

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from adapter_router.config import RoutingConfig
 from adapter_router.errors import DeadlineExceeded
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.dispatcher import Dispatcher
 from adapter_router.types import AdapterVersion, ReplicaLoad, ResidencyChange, Row, RowResult, ShardReply
-from tests.test_dispatcher import ANSWER, Replicas, dispatcher, labels, members, rows, run, version
+from tests.test_dispatcher import ANSWER, Replicas, Sending, dispatcher, labels, rows, run, version
 
 
 class Hanging(Replicas):
@@ -152,28 +150,36 @@ def test_what_waits_for_a_replica_that_leaves_goes_to_another() -> None:
     run(scenario())
 
 
+class Warming(Replicas):
+    """Replicas that note what they load beforehand; with ``stuck`` they never do."""
+
+    stuck = False
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.warmed: list[str] = []
+
+    async def warm(self, replica: str, wanted: AdapterVersion) -> None:
+        if self.stuck:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.01)
+        self.warmed.append(wanted.adapter)
+        await super().warm(replica, wanted)
+        assert replica not in [called for called, _ in self.calls]
+
+
 def test_a_new_replica_holds_what_is_asked_for_before_it_gets_rows() -> None:
     async def scenario() -> None:
-        replicas = Replicas("r0")
-        warmed: list[str] = []
-
-        async def warm(replica: str, wanted: AdapterVersion) -> None:
-            await asyncio.sleep(0.01)
-            warmed.append(wanted.adapter)
-            replicas.resident[replica].add(wanted.digest)
-            assert not [1 for called, _ in replicas.calls if called == replica]
-
-        router = Dispatcher(
-            replicas.send, lambda: members(*replicas.living), RoutingConfig(), RouterMetrics(), warm
-        )  # fmt: skip
+        replicas = Warming("r0")
+        router = dispatcher(replicas)
         await asyncio.gather(*(router.submit(rows(40, 20)) for _ in range(3)))
-        assert warmed == [], "nobody else was there to take its rows meanwhile"
+        assert replicas.warmed == [], "nobody else was there to take its rows meanwhile"
         replicas.resident["r1"] = set()
         replicas.living.append("r1")
         while not (state := router.fleet.get("r1")) or not state.admitted:
             await router.submit(rows(20, 20))
-        assert 3 < len(warmed) < 17, "its half"
-        assert state.resident >= {f"sha256:{name}" for name in warmed}
+        assert 3 < len(replicas.warmed) < 17, "its half"
+        assert state.resident >= {f"sha256:{name}" for name in replicas.warmed}
         replicas.calls.clear()
         await asyncio.gather(*(router.submit(rows(40, 20)) for _ in range(20)))
         moved = {row.adapter for replica, sent in replicas.calls if replica == "r1" for row in sent}
@@ -185,12 +191,9 @@ def test_a_new_replica_holds_what_is_asked_for_before_it_gets_rows() -> None:
 
 def test_a_new_replica_that_cannot_warm_up_gets_rows_all_the_same() -> None:
     async def scenario() -> None:
-        async def warm(*_: object) -> None:
-            await asyncio.Event().wait()
-
-        replicas = Replicas("r0")
-        config = RoutingConfig(warm_up_s=0.1)
-        router = Dispatcher(replicas.send, lambda: members(*replicas.living), config, RouterMetrics(), warm)
+        replicas = Warming("r0")
+        replicas.stuck = True
+        router = dispatcher(replicas, warm_up_s=0.1)
         await router.submit(rows(40, 20))
         replicas.resident["r1"] = set()
         replicas.living.append("r1")
@@ -225,7 +228,7 @@ def test_rows_of_other_routers_count() -> None:
             answers = [RowResult(ANSWER, np.zeros(1), "a", "v", 1) for _ in sent]
             return ShardReply(replica, [*answers], ResidencyChange(0), ReplicaLoad(rows=busy[replica]))
 
-        router = Dispatcher(send, lambda: members("r0", "r1"), RoutingConfig(), RouterMetrics())
+        router = dispatcher(Sending(send, "r0", "r1"))
         used = []
         for _ in range(20):
             (outcome,) = await router.submit([_row("x")])

@@ -1,4 +1,4 @@
-"""Everything at once: callers that leave, deadlines, replicas that die, hang, come and evict; every row has one answer."""
+"""Everything at once: callers leave, time runs out, replicas die, hang, come and evict; every row has one answer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRejected, DeadlineExceeded, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.routing.fleet import Member
 from adapter_router.types import AdapterVersion, ReplicaLoad, ResidencyChange, Row, RowOutcome, RowResult, ShardReply
-from tests.test_dispatcher import members, run, version
+from tests.test_dispatcher import run, until, version
 
 _ROOM = 4  # adapters that a replica holds
 _REFUSED = "a7"
@@ -31,6 +32,13 @@ class Storm:
         self.held: dict[str, list[str]] = {}
         self.revision = 0
         self.num_replicas = 3
+
+    def members(self) -> list[Member]:
+        return [Member(name, name) for name in self.living]
+
+    async def warm(self, replica: str, wanted: AdapterVersion) -> None:
+        await asyncio.sleep(0.005)
+        self.held.setdefault(replica, []).append(wanted.digest)
 
     async def send(
         self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], _: int
@@ -64,6 +72,17 @@ class Storm:
         return RowResult(output, np.zeros(1), row.adapter, "v", 1)
 
 
+def _check(row: Row, outcome: RowOutcome) -> None:
+    if isinstance(outcome, RowResult):
+        output: Any = outcome.output
+        assert output["label"] == row.inputs and outcome.adapter == row.adapter != _REFUSED
+    elif row.adapter == _REFUSED:
+        assert isinstance(outcome, AdapterRejected | DeadlineExceeded | Overloaded)
+    else:
+        assert isinstance(outcome, DeadlineExceeded | Overloaded | ReplicaLost), outcome
+        assert row.timeout_s is not None or isinstance(outcome, ReplicaLost | Overloaded), "in a minute?"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_every_row_has_one_answer_and_nothing_is_left_behind(seed: int) -> None:
     chance = random.Random(seed)
@@ -90,25 +109,13 @@ def test_every_row_has_one_answer_and_nothing_is_left_behind(seed: int) -> None:
                 continue
             for (row, _), outcome in zip(sent, await call, strict=True):
                 outcomes[type(outcome).__name__] += 1
-                if isinstance(outcome, RowResult):
-                    assert outcome.output["label"] == row.inputs and outcome.adapter == row.adapter != _REFUSED  # type: ignore[typeddict-item]
-                elif row.adapter == _REFUSED:
-                    assert isinstance(outcome, AdapterRejected | DeadlineExceeded | Overloaded)
-                else:
-                    assert isinstance(outcome, DeadlineExceeded | Overloaded | ReplicaLost), outcome
-                    assert row.timeout_s is not None or isinstance(outcome, ReplicaLost | Overloaded), "in a minute?"
+                _check(row, outcome)
 
     async def scenario() -> None:
-        async def warm(replica: str, wanted: AdapterVersion) -> None:
-            await asyncio.sleep(0.005)
-            storm.held.setdefault(replica, []).append(wanted.digest)
-
         config = RoutingConfig(max_batch_rows=8, min_patience_s=0.05, max_queued_rows=2000, warm_up_s=0.1)
-        router = Dispatcher(storm.send, lambda: members(*storm.living), config, RouterMetrics(), warm)
+        router = Dispatcher(storm, config, RouterMetrics())
         await asyncio.gather(*(caller(router, number) for number in range(24)))
-        async with asyncio.timeout(5):
-            while router._calls._calls:
-                await asyncio.sleep(0.01)
+        await until(lambda: not router._calls._calls)
         assert len(router) == 0 and router.load().open_tokens == 0
         for state in router.fleet.states():
             assert (state.queued, state.in_flight, state.warm_calls, dict(state.loading)) == (0, 0, 0, {})

@@ -87,6 +87,7 @@ class Accounts:
         else:
             error = self._admission.refusal(tenant, len(entries), tokens, timeout_s, now)
         if error is not None:
+            self._pressure.missed(len(entries), now)
             self._metrics.errors.labels(error.code).inc(len(entries))
             for entry in entries:
                 entry.answer.set_result(error)

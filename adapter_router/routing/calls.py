@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,12 +27,8 @@ _POLL_S = 0.05
 _TRUST_S = 30.0
 
 
-class Send(Protocol):
-    """One call of one replica, whose residency is known up to ``known``. Raises ReplicaLost when it is gone."""
-
-    async def __call__(
-        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
-    ) -> ShardReply: ...
+Send = Callable[[str, Sequence[Row], Sequence[AdapterVersion | None], int], Awaitable[ShardReply]]
+"""One call of one replica, whose residency is known up to a revision. Raises ReplicaLost when it is gone."""
 
 
 @dataclass(eq=False)

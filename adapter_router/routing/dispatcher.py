@@ -8,20 +8,20 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import InternalError
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.accounts import Accounts
 from adapter_router.routing.affinity import Wanted, choose
-from adapter_router.routing.calls import Call, Calls, Send
+from adapter_router.routing.calls import Call, Calls
 from adapter_router.routing.fleet import Fleet, Member, ReplicaState
-from adapter_router.routing.joining import Joining, Warm
+from adapter_router.routing.joining import Joining
 from adapter_router.routing.lanes import Lane
 from adapter_router.routing.pressure import Pressure, RouterLoad
 from adapter_router.routing.waiting import Waiting
-from adapter_router.types import AdapterVersion, Row, RowOutcome
+from adapter_router.types import AdapterVersion, Row, RowOutcome, ShardReply
 
 logger = logging.getLogger(__name__)
 
@@ -29,32 +29,42 @@ _POLL_S = 0.05  # how soon a change of the replica set is noticed
 _FADE_S = 0.5  # how often what other routers have under way counts less, if nothing is heard of it
 
 
+class Replicas(Protocol):
+    """The replicas of one base."""
+
+    def members(self) -> Sequence[Member]:
+        """Those that live."""
+
+    async def send(
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
+    ) -> ShardReply:
+        """One call of one replica, whose residency is known up to ``known``. Raises ReplicaLost when it is gone."""
+
+    async def warm(self, replica: str, version: AdapterVersion) -> None:
+        """Have one replica load an adapter. Raises why it cannot."""
+
+
 class Dispatcher:
-    """Routes rows to the replicas that ``list_members`` names. Lives on one event loop; ``clock`` gives seconds."""
+    """Routes rows to replicas. Lives on one event loop; ``clock`` gives seconds."""
 
     def __init__(
         self,
-        send: Send,
-        list_members: Callable[[], Sequence[Member]],
+        replicas: Replicas,
         config: RoutingConfig,
         metrics: RouterMetrics,
-        warm: Warm | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_tokens: int | None = None,
     ) -> None:
-        """``warm``: has a new replica load an adapter before it gets rows; None: it gets rows at once.
-
-        ``max_tokens``: of one row, where the base has a limit.
-        """
+        """``max_tokens``: of one row, where the base has a limit."""
         self.fleet = Fleet()
         self._clock = clock
-        self._list_members = list_members
+        self._replicas = replicas
         self._config = config
         self._metrics = metrics
         self._pressure = Pressure()
-        self._joining = Joining(self.fleet, self._pressure.demand, warm, metrics)
+        self._joining = Joining(self.fleet, self._pressure.demand, replicas.warm, metrics)
         self._accounts = Accounts(config, metrics, self._pressure, clock, max_tokens)
-        self._calls = Calls(send, self.fleet, self, config, metrics, clock)
+        self._calls = Calls(replicas.send, self.fleet, self, config, metrics, clock)
         self._lanes: dict[str, Lane] = {}
         self._homeless: list[Waiting] = []  # rows that no replica lives for
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,7 +156,7 @@ class Dispatcher:
             await asyncio.sleep(_POLL_S)
 
     def _sync(self) -> None:
-        came, gone = self.fleet.sync(self._list_members())
+        came, gone = self.fleet.sync(self._replicas.members())
         for state in came:
             lane = self._lanes[state.replica] = Lane(state, self.fleet, self._config)
             self._spawn(self._serve(lane))
@@ -178,7 +188,7 @@ class Dispatcher:
     def _leave(self, lane: Lane) -> None:
         now = self._clock()
         if not lane and not lane.state.rows and lane.state.choosable:
-            self._relieve(lane)
+            self._relieve()
         while (call := lane.leave(now)) is not None:
             self._metrics.batches.inc()
             self._metrics.batch_rows.observe(len(call.rows))
@@ -187,7 +197,7 @@ class Dispatcher:
                 self._metrics.queue_seconds.observe(now - entry.arrived)
             self._calls.start(call)
 
-    def _relieve(self, idle: Lane) -> None:
+    def _relieve(self) -> None:
         """Choose again for rows of the fullest lane: where they were meant to go was chosen before others came."""
         full = max(self._lanes.values(), key=lambda lane: lane.num_blocked)
         if full.num_blocked:

@@ -29,8 +29,7 @@ class Joining:
     Otherwise its first rows would all wait for loads, while those who held their adapters so far still do.
     """
 
-    def __init__(self, fleet: Fleet, demand: Demand, warm: Warm | None, metrics: RouterMetrics) -> None:
-        """``warm`` None: nobody can be told to load anything beforehand."""
+    def __init__(self, fleet: Fleet, demand: Demand, warm: Warm, metrics: RouterMetrics) -> None:
         self._fleet = fleet
         self._demand = demand
         self._warm = warm
@@ -58,15 +57,12 @@ class Joining:
 
     async def warm_up(self, state: ReplicaState, now: float, timeout_s: float) -> None:
         """Have ``state`` load what it is wanted for; what cannot be loaded in time or at all, rows will load."""
-        warm = self._warm
-        if warm is None:
-            return
         turns = asyncio.Semaphore(_AT_ONCE)
 
         async def load(version: AdapterVersion) -> None:
             async with turns:
                 try:
-                    await warm(state.replica, version)
+                    await self._warm(state.replica, version)
                     self._fleet.loaded(state.replica, version.digest)
                     self._metrics.warmed.inc()
                 except Exception as error:

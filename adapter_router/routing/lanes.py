@@ -14,7 +14,7 @@ from adapter_router.routing.waiting import Waiting
 
 
 class Lane:
-    """Rows assigned to a replica. Warm ones gather while it is busy; of a cold adapter's the first call begins the load.
+    """Rows assigned to a replica. Warm ones gather while it is busy; a cold adapter's first call begins its load.
 
     The other rows of an adapter that is on its way wait here, not in the replica: there each call takes a thread; here
     they can still be taken back, and go elsewhere when the load fails.

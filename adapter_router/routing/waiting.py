@@ -13,7 +13,7 @@ class Waiting:
     """``answer`` is done early when its caller has gone or its time is over.
 
     ``tokens``: an estimate, nobody tokenises in the router. ``arrived`` and ``deadline`` in seconds of the dispatcher's
-    clock. ``lane``: the replica in whose lane it waits, if any. ``sent_to``: where it went last; ``attempts``: how often.
+    clock. ``lane``: the replica in whose lane it waits, if any. ``sent_to``: where it went last, of ``attempts`` times.
     """
 
     row: Row
