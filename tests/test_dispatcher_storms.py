@@ -115,7 +115,7 @@ def test_every_row_has_one_answer_and_nothing_is_left_behind(seed: int) -> None:
         config = RoutingConfig(max_batch_rows=8, min_patience_s=0.05, max_queued_rows=2000, warm_up_s=0.1)
         router = Dispatcher(storm, config, RouterMetrics())
         await asyncio.gather(*(caller(router, number) for number in range(24)))
-        await until(lambda: not router._calls._calls)
+        await until(lambda: not router._placement._calls._calls)
         assert len(router) == 0 and router.load().open_tokens == 0
         for state in router.fleet.states():
             assert (state.queued, state.in_flight, state.warm_calls, dict(state.loading)) == (0, 0, 0, {})

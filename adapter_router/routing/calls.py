@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, InternalError, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.fleet import Fleet, ReplicaState
 from adapter_router.routing.retry_budget import RetryBudget
+from adapter_router.routing.tasks import Tasks
 from adapter_router.routing.waiting import Waiting
 from adapter_router.types import AdapterVersion, Row, RowOutcome, RowResult, ShardReply
 
@@ -96,13 +96,11 @@ class Calls:
         self._token_s: dict[str, float] = {}  # by replica, with all that it has under way
         self._suspected: dict[str, float] = {}  # replicas, and since when
         self._lost: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def close(self) -> None:
         """Abandon what is under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def start(self, call: Call) -> None:
         """Send a call's rows, which have been taken from their lane."""
@@ -113,7 +111,7 @@ class Calls:
             entry.attempts += 1
         self._fleet.sent(call.state, len(call.rows), call.cold)
         self._calls[call.state.replica].add(call)
-        call.task = self._spawn(self._run(call))
+        call.task = self._tasks.spawn(self._run(call))
         call.task.add_done_callback(lambda _: self._over(call))
 
     def forsaken(self, entry: Waiting) -> None:
@@ -158,7 +156,7 @@ class Calls:
         self._fleet.returned(call.state, len(call.rows), call.cold)
         if call.lost is not None:
             self._lost.add(call.state.replica)
-            self._spawn(self._replace(call, call.lost))
+            self._tasks.spawn(self._replace(call, call.lost))
         else:  # nothing is left to do here unless the call was taken back
             self._owner.finish(call.rows, [InternalError("the call was cancelled")] * len(call.rows))
         self._owner.returned(call)
@@ -208,7 +206,7 @@ class Calls:
         self._fleet.set_suspect(state, True)
         self._owner.suspected(state)
         for call in list(self._calls.get(state.replica, ())):
-            self._spawn(self._send_again(call, None))
+            self._tasks.spawn(self._send_again(call, None))
 
     def _clear(self, state: ReplicaState) -> None:
         self._lost.discard(state.replica)
@@ -231,14 +229,6 @@ class Calls:
             if lost is None and call not in self._calls.get(call.state.replica, ()):
                 return  # the call is over: it has answered them, or they are sent again as lost ones
             await asyncio.sleep(_POLL_S)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        # In an empty context: a task made here would otherwise inherit the first caller's request id, and Ray would
-        # cancel everybody's batches with that one request.
-        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _remaining(entry: Waiting, now: float) -> Row:
