@@ -18,7 +18,7 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, AdapterUnavailable, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from adapter_router.types import AdapterVersion, BaseInfo, LoadReport, Row, ShardReply
 from deployments import replica_view
 

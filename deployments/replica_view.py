@@ -5,7 +5,7 @@ A module of its own because Serve pickles the request router's module by value: 
 
 from __future__ import annotations
 
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 
 _members: dict[tuple[str, str], tuple[Member, ...]] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from deployments import replica_view
 
 

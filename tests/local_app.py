@@ -18,7 +18,7 @@ from ray import serve
 
 from adapter_router.catalog.records import AdapterSpec
 from adapter_router.config import CatalogConfig, EngineConfig, RoutingConfig
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from deployments import replica_view
 from deployments.api import build_http
 from deployments.replica import Replica

@@ -8,7 +8,8 @@ import pytest
 
 from adapter_router.config import RoutingConfig
 from adapter_router.routing.affinity import Wanted, choose
-from adapter_router.routing.fleet import Fleet, Member, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import Member, ReplicaState
 from adapter_router.types import ReplicaLoad, ResidencyChange, ShardReply
 
 CONFIG = RoutingConfig(max_batch_rows=32)
@@ -151,7 +152,7 @@ def test_of_equal_copies_the_one_gets_rows_that_got_fewer() -> None:
 
 
 def test_an_adapter_that_is_nowhere_leaves_its_home_only_for_much() -> None:
-    states = fleet(2)
+    states = fleet(8)
     first, second = states.homes("a", 2)
     for number in range(8):
         assert chosen("a", states) is first

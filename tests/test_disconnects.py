@@ -13,7 +13,7 @@ import pytest
 from ray import serve
 
 from adapter_router.config import EngineConfig
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from adapter_router.types import Row
 from deployments import replica_view
 from deployments.app import APP_NAME, RoutingArgs

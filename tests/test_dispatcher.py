@@ -15,7 +15,7 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
-from adapter_router.routing.fleet import Member, ReplicaState
+from adapter_router.routing.replica_state import Member, ReplicaState
 from adapter_router.types import AdapterVersion, ResidencyChange, Row, RowOutcome, RowResult, ShardReply
 
 ANSWER: Any = {"label": "x", "score": 1.0, "probs": [1.0], "num_classes": 1}

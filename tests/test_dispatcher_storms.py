@@ -15,7 +15,7 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRejected, DeadlineExceeded, Overloaded, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from adapter_router.types import AdapterVersion, ReplicaLoad, ResidencyChange, Row, RowOutcome, RowResult, ShardReply
 from tests.test_dispatcher import run, until, version
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_router.errors import InternalError
-from adapter_router.routing.fleet import Fleet, Member, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import Member, ReplicaState
 from adapter_router.types import ReplicaLoad, ResidencyChange, ShardReply
 
 

@@ -12,7 +12,7 @@ from adapter_router.catalog.records import AdapterSpec
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterUnavailable
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from adapter_router.types import BaseInfo, Source
 from deployments import replica_view
 from deployments.pool import _CHECKS, Pool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapter_router.routing.fleet import Member
+from adapter_router.routing.replica_state import Member
 from deployments.request_router import _members
 
 

@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from adapter_router.config import RoutingConfig
-from adapter_router.routing.fleet import Fleet, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import ReplicaState
 
 _NEW_HOMES = 2  # where a new copy may go
 _FEW = 16  # copies, homes: so many are looked at one by one
@@ -50,7 +51,8 @@ def choose(wanted: Wanted, fleet: Fleet, config: RoutingConfig, avoid: Collectio
     is passed over. The rest are priced in seconds until the rows run: the backlog, and the usual one twice for each
     fair share of rows that the replica got of late beyond its own; plus a load's time where the adapter is on its way,
     however much of it is over; plus for a new copy the loads before it and its own, for its size. An adapter that is
-    nowhere goes to its second home only where that is sooner by eight loads: what moves to and fro is forgotten.
+    nowhere goes to its second home only where that is sooner by eight loads, or as many as there are replicas: what
+    moves to and fro among many is forgotten, and few see all adapters anyway.
 
     ``rate * row_s / 0.1`` copies, rounded up, are the adapter's by right, with all routers' rows: small parts can be
     shared evenly. Up to there, and while all its replicas got more than ``1 + load_slack`` fair shares, a new one costs
@@ -117,7 +119,7 @@ def _cheapest(
             return seconds + own
         nth = others.index(state)
         if not num_copies:
-            own *= 1 + _ELSEWHERE * nth
+            own *= 1 + min(_ELSEWHERE, len(fleet.states())) * nth
         elif not relief or num_copies + nth >= by_right:
             own = config.copy_penalty * own + batch_s / (1 + rate)
         return seconds + len(state.loading) * state.load_s + own

@@ -12,7 +12,8 @@ from typing import Protocol
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, InternalError, ReplicaLost
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.fleet import Fleet, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import ReplicaState
 from adapter_router.routing.retry_budget import RetryBudget
 from adapter_router.routing.tasks import Tasks
 from adapter_router.routing.waiting import Waiting
@@ -173,6 +174,7 @@ class Calls:
     async def _answer(self, call: Call) -> None:
         rows, state, start = call.rows, call.state, self._clock()
         tokens = sum(other.tokens for other in self._calls[state.replica] if other.cold is None)
+        ahead = state.in_flight + state.others  # what it has to do until this call is answered
         sending = asyncio.ensure_future(
             self._send(state.replica, [_remaining(e, start) for e in rows], [e.version for e in rows], state.revision)
         )
@@ -189,7 +191,7 @@ class Calls:
         if len(reply.outcomes) != len(rows):
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(rows)} rows")
         seconds = self._clock() - start
-        self._fleet.observe(reply, seconds / len(rows) if call.cold is None else None)
+        self._fleet.observe(reply, seconds / ahead if call.cold is None else None)
         if call.cold is None:
             known = self._token_s.get(state.replica, seconds / tokens)
             self._token_s[state.replica] = known + _SMOOTHING * (seconds / tokens - known)

@@ -6,88 +6,20 @@ running total, and how full each replica is stands in an array.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from adapter_router.routing.copies import Copies
 from adapter_router.routing.homes import Homes
 from adapter_router.routing.portions import Portions
-from adapter_router.types import ResidencyChange, ShardReply
+from adapter_router.routing.replica_state import Member, ReplicaState
+from adapter_router.types import ShardReply
 
 _SMOOTHING = 0.2  # weight of the newest observation in the running means
 _SLOWLY = 0.01  # the same where a single one says little
 _ENOUGH = 100.0  # rows, before they say anything of who gets how many
 _MOST_COST = 4.0  # an adapter counts as at most so many usual ones, or so small a part
-
-
-@dataclass(frozen=True)
-class Member:
-    """A living replica, as the deployment sees it.
-
-    ``replica`` is unique to this incarnation. ``home`` stays across restarts: rendezvous hashing goes by it.
-    ``weight``: its memory for adapters, relative to the others'; it may carry as much more of the rows.
-    """
-
-    replica: str
-    home: str
-    weight: float = 1.0
-
-
-@dataclass(eq=False)
-class ReplicaState:
-    """What is known of one replica. Read by anybody; rows, calls and adapters are changed by its ``Fleet`` alone.
-
-    ``resident`` is what it held at ``revision``, as it counts its own changes. ``loading`` counts, by adapter, what
-    waits there for it to come: calls in flight, and rows whose call has not left; ``warm_calls`` are those that wait
-    for nothing. ``queued``: rows of this router that are meant for it and have not left; ``in_flight``: sent and not
-    answered; ``others``: of other routers, as its last reply told. ``choosable``: it may get rows just now. ``place``:
-    in the fleet's arrays, -1 once it has gone.
-    """
-
-    replica: str
-    home: str = ""
-    weight: float = 1.0
-    resident: set[str] = field(default_factory=set)
-    revision: int = 0
-    warm_calls: int = 0
-    queued: int = 0
-    in_flight: int = 0
-    others: int = 0
-    loading: Counter[str] = field(default_factory=Counter)
-    row_s: float = 0.005
-    load_s: float = 0.05
-    suspect: bool = False
-    admitted: bool = False
-    choosable: bool = False
-    place: int = -1
-
-    @property
-    def rows(self) -> int:
-        """All rows that it has to answer, as far as is known here."""
-        return self.queued + self.in_flight + self.others
-
-    @property
-    def backlog_s(self) -> float:
-        """Estimated seconds until they are answered."""
-        return self.rows * self.row_s
-
-    def holds(self, digest: str | None) -> bool:
-        """Whether rows of that adapter run at once; the bare base (None) always does."""
-        return digest is None or digest in self.resident
-
-    def learn(self, change: ResidencyChange) -> None:
-        """Bring ``resident`` up to date; news older than what is known is no news."""
-        if change.revision < self.revision:
-            return
-        self.revision = change.revision
-        if change.complete:
-            self.resident = set(change.added)
-        else:
-            self.resident -= change.removed
-            self.resident |= change.added
 
 
 class Fleet:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.affinity import copies_by_right
 from adapter_router.routing.demand import Demand
-from adapter_router.routing.fleet import Fleet, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import ReplicaState
 from adapter_router.types import AdapterVersion
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class Joining:
             version = self._versions.get(digest)
             if version is None or version.num_bytes > room:
                 continue
-            if state in self._fleet.homes(digest, copies_by_right(self._demand.rate(digest, now), state.row_s)):
+            if state in self._fleet.homes(
+                digest, copies_by_right(self._demand.rate(digest, now) * self._fleet.routers, state.row_s)
+            ):
                 found.append(version)
                 room -= version.num_bytes
         return found

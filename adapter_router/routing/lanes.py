@@ -9,7 +9,8 @@ from adapter_router.config import RoutingConfig
 from adapter_router.routing.batcher import Batcher
 from adapter_router.routing.calls import Call
 from adapter_router.routing.fair_queue import FairQueue
-from adapter_router.routing.fleet import Fleet, ReplicaState
+from adapter_router.routing.fleet import Fleet
+from adapter_router.routing.replica_state import ReplicaState
 from adapter_router.routing.waiting import Waiting
 
 

@@ -14,10 +14,11 @@ from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.accounts import Accounts
 from adapter_router.routing.affinity import Wanted, choose
 from adapter_router.routing.calls import Call, Calls
-from adapter_router.routing.fleet import Fleet, Member, ReplicaState
+from adapter_router.routing.fleet import Fleet
 from adapter_router.routing.joining import Joining
 from adapter_router.routing.lanes import Lane
 from adapter_router.routing.pressure import Pressure
+from adapter_router.routing.replica_state import Member, ReplicaState
 from adapter_router.routing.tasks import Tasks
 from adapter_router.routing.waiting import Waiting
 from adapter_router.types import AdapterVersion, Row, RowOutcome, ShardReply

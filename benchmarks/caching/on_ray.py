@@ -133,7 +133,7 @@ def _tallies(handle: DeploymentHandle) -> list[Tally]:
 
 
 def _living(handle: DeploymentHandle) -> tuple[str, ...]:
-    return replica_view.replicas(handle.app_name, handle.deployment_name)
+    return tuple(member.replica for member in replica_view.members(handle.app_name, handle.deployment_name))
 
 
 def _wait_for_replicas(handle: DeploymentHandle, *, pinned: bool) -> None:

@@ -59,6 +59,13 @@ class SleepingReplica:
         """One request for one adapter."""
         await self._run(Counter([adapter]))
 
+    async def warm(self, adapter: str) -> None:
+        """Have it there before rows come."""
+        if not self._tiers.lease(adapter):
+            await self._load(adapter).done  # it holds a lease for each who waits
+        self._tiers.release(adapter)
+        self._released.set()
+
     async def _run(self, uses: Counter[str]) -> None:
         for digest, count in uses.items():
             self._tiers.popularity.used(digest, count)

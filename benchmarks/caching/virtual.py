@@ -13,6 +13,7 @@ from typing import Any
 from adapter_router.config import RoutingConfig
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.dispatcher import Dispatcher
+from adapter_router.routing.replica_state import Member
 from adapter_router.types import AdapterVersion, Row, RowResult, ShardReply
 from benchmarks.caching.callers import Figures, closed_loop, figures
 from benchmarks.caching.choices import bounded_rendezvous, rendezvous, version
@@ -57,19 +58,31 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         return self._seconds
 
 
-async def _ours(trace: Sequence[str]) -> Figures:
-    replicas = {name: SleepingReplica(name, ours=True) for name in _NAMES}
+class _Replicas:
+    """Those of one run, a hop away."""
+
+    def __init__(self) -> None:
+        self.by_name = {name: SleepingReplica(name, ours=True) for name in _NAMES}
+
+    def members(self) -> Sequence[Member]:
+        return [Member(name, name) for name in self.by_name]
 
     async def send(
-        replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
+        self, replica: str, rows: Sequence[Row], versions: Sequence[AdapterVersion | None], known: int
     ) -> ShardReply:
         await asyncio.sleep(_HOP_S)
-        reply = await replicas[replica].infer(rows, versions, known)
+        reply = await self.by_name[replica].infer(rows, versions, known)
         await asyncio.sleep(_HOP_S)
         return reply
 
+    async def warm(self, replica: str, version: AdapterVersion) -> None:
+        await self.by_name[replica].warm(version.adapter)
+
+
+async def _ours(trace: Sequence[str]) -> Figures:
+    replicas = _Replicas()
     clock = asyncio.get_running_loop().time
-    dispatcher = Dispatcher(send, lambda: list(replicas), RoutingConfig(), RouterMetrics(), clock)
+    dispatcher = Dispatcher(replicas, RoutingConfig(), RouterMetrics(), clock=clock)
 
     async def ask(adapter: str) -> None:
         (outcome,) = await dispatcher.submit([(Row("", adapter), version(adapter))])
@@ -77,7 +90,7 @@ async def _ours(trace: Sequence[str]) -> Figures:
 
     answered, seconds = await closed_loop(ask, trace)
     await dispatcher.close()
-    return figures(answered, seconds, [replica.tally for replica in replicas.values()])
+    return figures(answered, seconds, [replica.tally for replica in replicas.by_name.values()])
 
 
 async def _consistent_hash(trace: Sequence[str]) -> Figures:
