@@ -192,6 +192,7 @@ def build(args: AppArgs) -> serve.Application:
         name="router",
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,
         **scale,
     )

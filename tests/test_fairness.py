@@ -19,9 +19,10 @@ import pytest
 
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import Overloaded
-from adapter_router.routing.admission import Admission
+from adapter_router.routing.admission import Admission, Backlog
 from adapter_router.routing.batcher import Batcher
 from adapter_router.routing.fair_queue import FairQueue
+from adapter_router.routing.pace import Pace
 from adapter_router.routing.waiting import Waiting
 from adapter_router.types import Row
 
@@ -143,7 +144,8 @@ def simulated(
     until: float = float("inf"),
 ) -> Outcome:
     """Let ``rows`` come at their times, up to ``until``; a batch runs on the replica that is free first."""
-    outcome, admission = Outcome(), Admission(config)
+    outcome, admission, pace = Outcome(), Admission(config), Pace()
+    open_tokens = 0
     numbers = count()
     events: list[tuple[float, int, Waiting | list[Waiting] | None]] = [
         (row.arrived, next(numbers), row) for row in rows
@@ -154,21 +156,25 @@ def simulated(
         now, _, event = heapq.heappop(events)
         if isinstance(event, Waiting):
             tenant = event.tenant
-            if (error := admission.refusal(tenant, 1, event.tokens, config.timeout_s, now)) is not None:
+            tokens_s = replicas / pace.token_s if pace.token_s else None
+            backlog = Backlog(open_tokens if min(free_at) > now else 0, tokens_s)
+            if (error := admission.refusal(tenant, 1, event.tokens, config.timeout_s, backlog)) is not None:
                 assert isinstance(error, Overloaded) and 1 <= error.retry_after_s <= 60
                 outcome.refused[tenant] += 1
                 continue
             admission.entered(tenant, 1, event.tokens)
+            open_tokens += event.tokens
             rule.put(event)
         for entry in event if isinstance(event, list) else ():
             outcome.seconds[entry] = now - entry.arrived
-            admission.left(entry.sent_to or entry.tenant, 1, entry.tokens, now, served=True)
+            admission.left(entry.sent_to or entry.tenant, 1, entry.tokens)
+            open_tokens -= entry.tokens
         while (closes_in := rule.closes_in(now, min(free_at) <= now)) == 0.0 and (batch := rule.take(now)):
             outcome.batches.append(batch)
             replica = free_at.index(min(free_at))
-            free_at[replica] = max(now, free_at[replica]) + machine.seconds(
-                len(batch), max(entry.tokens for entry in batch)
-            )
+            seconds = machine.seconds(len(batch), max(entry.tokens for entry in batch))
+            pace.add(sum(entry.tokens for entry in batch), seconds)
+            free_at[replica] = max(now, free_at[replica]) + seconds
             heapq.heappush(events, (free_at[replica], next(numbers), batch))
         if closes_in:
             heapq.heappush(events, (now + closes_in, next(numbers), None))

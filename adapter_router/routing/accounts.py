@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, DeadlineExceeded
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.admission import Admission
+from adapter_router.routing.admission import Admission, Backlog
 from adapter_router.routing.pressure import Pressure
 from adapter_router.routing.tokens import TokenEstimate
 from adapter_router.routing.waiting import Waiting
@@ -37,8 +37,8 @@ class Accounts:
         self._admission = Admission(config)
         self._estimate = TokenEstimate(max_tokens)
 
-    def enter(self, rows: Sequence[tuple[Row, AdapterVersion | None]]) -> list[Waiting]:
-        """One entry a row; those that are not let in have their answer already."""
+    def enter(self, rows: Sequence[tuple[Row, AdapterVersion | None]], backlog: Backlog) -> list[Waiting]:
+        """One entry a row; those that are not let in, with that much ahead of them, have their answer already."""
         now, loop = self._clock(), asyncio.get_running_loop()
         entries = []
         by_tenant: dict[str, list[Waiting]] = defaultdict(list)
@@ -49,7 +49,7 @@ class Accounts:
             entries.append(entry)
             by_tenant[row.tenant].append(entry)
         for tenant, group in by_tenant.items():
-            self._let_in(tenant, group, now)
+            self._let_in(tenant, group, backlog, now)
         return entries
 
     def finish(self, rows: Sequence[Waiting], outcomes: Sequence[RowOutcome]) -> list[Waiting]:
@@ -78,14 +78,14 @@ class Accounts:
         for entry in rows:
             self._leave(entry, None, now)
 
-    def _let_in(self, tenant: str, entries: Sequence[Waiting], now: float) -> None:
+    def _let_in(self, tenant: str, entries: Sequence[Waiting], backlog: Backlog, now: float) -> None:
         tokens = sum(entry.tokens for entry in entries)
         timeout_s = min(entry.deadline for entry in entries) - now
         error: AdapterRouterError | None = None
         if not timeout_s > 0:
             error = DeadlineExceeded(f"the row came with {timeout_s:.3g} s left")
         else:
-            error = self._admission.refusal(tenant, len(entries), tokens, timeout_s, now)
+            error = self._admission.refusal(tenant, len(entries), tokens, timeout_s, backlog)
         if error is not None:
             self._pressure.missed(len(entries), now)
             self._metrics.errors.labels(error.code).inc(len(entries))
@@ -98,8 +98,7 @@ class Accounts:
         self._metrics.rows.inc(len(entries))
 
     def _leave(self, entry: Waiting, outcome: RowOutcome | None, now: float) -> None:
-        served = isinstance(outcome, RowResult)
-        self._admission.left(entry.tenant, 1, entry.tokens, now, served)
+        self._admission.left(entry.tenant, 1, entry.tokens)
         self.tokens -= entry.tokens
         self._metrics.row_seconds.observe(now - entry.arrived)
         self._metrics.adapter_rows.inc(entry.version.adapter if entry.version else BASE_SERIES)

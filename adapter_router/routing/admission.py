@@ -11,10 +11,20 @@ from dataclasses import dataclass
 
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, InvalidRequest, Overloaded
-from adapter_router.routing.drain import Drain
 
 _LOWEST_RETRY_S, _HIGHEST_RETRY_S = 1.0, 60.0
 _MARGIN = 0.8  # of a row's time, what its wait may take: the estimate errs, and the forward comes after it
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What a row that comes now finds: ``tokens`` that can run and wait for a replica, or 0 while one is free.
+
+    ``tokens_s``: what all replicas together serve a second, None while that is not known.
+    """
+
+    tokens: int = 0
+    tokens_s: float | None = None
 
 
 @dataclass
@@ -56,16 +66,17 @@ class _Limit:
 
 
 class Admission:
-    """Counts rows from ``entered`` to ``left``. Times in seconds of the caller's clock, never less than before."""
+    """Counts rows from ``entered`` to ``left``."""
 
     def __init__(self, config: RoutingConfig) -> None:
         self._config = config
         self._total = _Queued()
         self._tenants: dict[str, _Queued] = {}
         self._weights = 0.0  # of those in ``_tenants``
-        self._drain = Drain()
 
-    def refusal(self, tenant: str, rows: int, tokens: int, timeout_s: float, now: float) -> AdapterRouterError | None:
+    def refusal(
+        self, tenant: str, rows: int, tokens: int, timeout_s: float, backlog: Backlog
+    ) -> AdapterRouterError | None:
         """Why a call of so many rows may not queue; None if it may. Counts nothing.
 
         ``timeout_s``: how long the rows' caller waits. InvalidRequest if the queue could never hold them, Overloaded if
@@ -76,20 +87,20 @@ class Admission:
         for limit in limits:
             if limit.more > (most := limit.most_in_a_call(weight)):
                 return InvalidRequest(f"{limit.more} {limit.unit} in one call, at most {most} are taken")
-        rates = self._drain.rates(now)
         excesses = [limit.excess(weight, share) for limit in limits]
         full = [limit for limit, excess in zip(limits, excesses, strict=True) if excess > 0]
         if full:
-            times = [excess / rate for excess, rate in zip(excesses, rates, strict=True)] if rates else []
-            return _overloaded(full[0].message(tenant), max(times, default=0.0))
-        if rates is None or not self._total.rows:
+            row_tokens = self._total.tokens / max(1, self._total.rows)
+            excess_tokens = max(excesses[0] * row_tokens, excesses[1])
+            return _overloaded(full[0].message(tenant), excess_tokens / backlog.tokens_s if backlog.tokens_s else 0.0)
+        if not backlog.tokens or backlog.tokens_s is None:
             return None
         # No replica is idle meanwhile: all that waits is a bound. The tenant has its share: its own is another.
-        wait_s = min(self._total.tokens + tokens, (limits[1].own + tokens) / share) / rates[1]
+        wait_s = min(backlog.tokens + tokens, (limits[1].own + tokens) / share) / backlog.tokens_s
         if wait_s <= _MARGIN * timeout_s:
             return None
-        message = f"the wait is about {wait_s:.1f} s, too long for a timeout of {timeout_s:g} s"
-        return _overloaded(f"{message}: {self._total.tokens} tokens are waiting", wait_s - _MARGIN * timeout_s)
+        message = f"the wait is about {wait_s:.1f} s, too long for a timeout of {timeout_s:.3g} s"
+        return _overloaded(f"{message}: {backlog.tokens} tokens are waiting", wait_s - _MARGIN * timeout_s)
 
     def entered(self, tenant: str, rows: int, tokens: int) -> None:
         """So many rows of ``tenant`` are queued."""
@@ -99,15 +110,14 @@ class Admission:
         self._tenants[tenant].add(rows, tokens)
         self._total.add(rows, tokens)
 
-    def left(self, tenant: str, rows: int, tokens: int, now: float, served: bool) -> None:
-        """So many of them are not any more. ``served``: rather than given up; it tells how fast replicas are."""
+    def left(self, tenant: str, rows: int, tokens: int) -> None:
+        """So many of them are not any more, answered or given up."""
         own = self._tenants[tenant]
         own.add(-rows, -tokens)
         self._total.add(-rows, -tokens)
         if not own.rows:
             del self._tenants[tenant]
             self._weights = self._weights - self._weight(tenant) if self._tenants else 0.0
-        self._drain.left(rows, tokens, self._total.tokens, now, served)
 
     def _limits(self, tenant: str, rows: int, tokens: int) -> tuple[_Limit, _Limit]:
         total, own = self._total, self._tenants.get(tenant, _Queued())

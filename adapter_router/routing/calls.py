@@ -7,13 +7,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, InternalError, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.fleet import Fleet
 from adapter_router.routing.replica_state import ReplicaState
+from adapter_router.routing.pace import Pace
 from adapter_router.routing.retry_budget import RetryBudget
 from adapter_router.routing.tasks import Tasks
 from adapter_router.routing.waiting import Waiting
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _RESERVE = 256.0  # rows that may be sent again before any were sent first: what a replica may hold when it dies
-_SMOOTHING = 0.2  # weight of the newest observation in the running means
 _POLL_S = 0.05
 _TRUST_S = 30.0
 
@@ -94,7 +94,8 @@ class Calls:
         self._clock = clock
         self._budget = RetryBudget(config.retry_budget, _RESERVE)
         self._calls: defaultdict[str, set[Call]] = defaultdict(set)
-        self._token_s: dict[str, float] = {}  # by replica, with all that it has under way
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self._answered: dict[str, float] = {}  # by replica, when its last warm call was
         self._suspected: dict[str, float] = {}  # replicas, and since when
         self._lost: set[str] = set()
         self._tasks = Tasks()
@@ -121,6 +122,18 @@ class Calls:
             if call.task is not asyncio.current_task() and entry in call.rows and not call.open:
                 call.task.cancel()
 
+    @property
+    def warm_tokens(self) -> int:
+        """Of calls under way that wait for no load."""
+        return sum(call.tokens for calls in self._calls.values() for call in calls if call.cold is None)
+
+    @property
+    def tokens_s(self) -> float | None:
+        """What all replicas together serve a second; None while nothing is known."""
+        choosable = [state for state in self._fleet.states() if state.choosable]
+        known = [pace.token_s for s in choosable if (pace := self._paces.get(s.replica)) and pace.token_s]
+        return sum(1 / token_s for token_s in known) * len(choosable) / len(known) if known else None
+
     def has_lost(self, state: ReplicaState) -> bool:
         """Whether a call of this replica has been lost, so that it will hardly live any more."""
         return state.replica in self._lost
@@ -133,9 +146,10 @@ class Calls:
                 self._clear(state)
         living = {state.replica for state in self._fleet.states()}
         self._lost &= living
-        for by_replica in (self._suspected, self._token_s):
-            for gone in by_replica.keys() - living:
-                del by_replica[gone]
+        by_replica: tuple[dict[str, Any], ...] = (self._suspected, self._paces, self._answered)
+        for known in by_replica:
+            for gone in known.keys() - living:
+                del known[gone]
 
     async def _run(self, call: Call) -> None:
         try:
@@ -173,14 +187,13 @@ class Calls:
 
     async def _answer(self, call: Call) -> None:
         rows, state, start = call.rows, call.state, self._clock()
-        tokens = sum(other.tokens for other in self._calls[state.replica] if other.cold is None)
-        ahead = state.in_flight + state.others  # what it has to do until this call is answered
         sending = asyncio.ensure_future(
             self._send(state.replica, [_remaining(e, start) for e in rows], [e.version for e in rows], state.revision)
         )
         try:
             if call.cold is None:
-                expected = self._token_s.get(state.replica, 0.0) * tokens
+                tokens = sum(other.tokens for other in self._calls[state.replica] if other.cold is None)
+                expected = (self._paces[state.replica].token_s or 0.0) * tokens
                 patience = max(self._config.min_patience_s, self._config.patience * expected)
                 await asyncio.wait({sending}, timeout=patience)
                 if not sending.done():
@@ -190,13 +203,17 @@ class Calls:
             sending.cancel()
         if len(reply.outcomes) != len(rows):
             raise InternalError(f"the replica answered {len(reply.outcomes)} of {len(rows)} rows")
-        seconds = self._clock() - start
-        self._fleet.observe(reply, seconds / ahead if call.cold is None else None)
-        if call.cold is None:
-            known = self._token_s.get(state.replica, seconds / tokens)
-            self._token_s[state.replica] = known + _SMOOTHING * (seconds / tokens - known)
+        self._fleet.observe(reply, self._row_s(call, start) if call.cold is None else None)
         self._clear(state)
         self._owner.finish(rows, [_signed(outcome, reply.replica) for outcome in reply.outcomes])
+
+    def _row_s(self, call: Call, start: float) -> float:
+        """Seconds that the replica took for each row: since the call before was answered, if it came meanwhile."""
+        replica, now = call.state.replica, self._clock()
+        seconds = now - max(start, self._answered.get(replica, start))
+        self._answered[replica] = now
+        self._paces[replica].add(call.tokens, seconds)
+        return seconds / len(call.rows)
 
     def _suspect(self, state: ReplicaState) -> None:
         """The replica may be stuck: until it answers nothing more goes there, and what it holds goes elsewhere, too."""

@@ -58,7 +58,7 @@ class Dispatcher:
 
         Cancelling the call takes back those of its rows that do not run yet.
         """
-        entries = self._accounts.enter(rows)
+        entries = self._accounts.enter(rows, self._placement.backlog())
         accepted = [entry for entry in entries if not entry.answer.done()]
         self._put(accepted, together)
         timers = self._timers(accepted)

@@ -43,6 +43,11 @@ class Lane:
         return 0 if self._is_free else len(self._warm)
 
     @property
+    def blocked_tokens(self) -> int:
+        """Of those rows."""
+        return 0 if self._is_free else self._warm.tokens
+
+    @property
     def oldest(self) -> float | None:
         """When the first of the rows here arrived."""
         arrivals = [entry.arrived for entry in (self._warm.oldest, self._cold.oldest) if entry is not None]

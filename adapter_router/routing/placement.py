@@ -12,6 +12,7 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import InternalError
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.accounts import Accounts
+from adapter_router.routing.admission import Backlog
 from adapter_router.routing.affinity import Wanted, choose
 from adapter_router.routing.calls import Call, Calls
 from adapter_router.routing.fleet import Fleet
@@ -26,6 +27,7 @@ from adapter_router.types import AdapterVersion, Row, RowOutcome, ShardReply
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05  # how soon a change of the replica set is noticed
+_MEASURE_S = 0.01
 _FADE_S = 0.5  # how often what other routers have under way counts less, if nothing is heard of it
 
 
@@ -68,6 +70,8 @@ class Placement:
         self._joining = Joining(self.fleet, pressure.demand, replicas.warm, metrics)
         self._lanes: dict[str, Lane] = {}
         self._homeless: list[Waiting] = []  # rows that no replica lives for
+        self._backlog = Backlog()
+        self._measured = 0.0
         self._tasks.spawn(self._follow())
 
     def __len__(self) -> int:
@@ -79,6 +83,16 @@ class Placement:
         """When the first of them arrived."""
         arrivals = [lane.oldest for lane in self._lanes.values()] + [entry.arrived for entry in self._homeless]
         return min((arrived for arrived in arrivals if arrived is not None), default=None)
+
+    def backlog(self) -> Backlog:
+        """What a row that comes now finds; a hundredth of a second old at most."""
+        now = self._clock()
+        if now - self._measured > _MEASURE_S:
+            self._measured = now
+            blocked = sum(lane.blocked_tokens for lane in self._lanes.values())
+            tokens = blocked + self._calls.warm_tokens if blocked else 0
+            self._backlog = Backlog(tokens, self._calls.tokens_s)
+        return self._backlog
 
     async def close(self) -> None:
         """Send nothing more; rows in flight are abandoned."""
