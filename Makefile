@@ -30,6 +30,8 @@ bench: .venv/dev.done  ## all benchmarks; results go to benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cache --json benchmarks/results/cache.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.cold_loads --json benchmarks/results/cold_loads.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.many_adapters --json benchmarks/results/many_adapters.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.routing_decisions --json benchmarks/results/routing_decisions.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.routing_sim --json benchmarks/results/routing_sim.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.serving --json benchmarks/results/serving.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.overload --json benchmarks/results/overload.json
 

@@ -13,8 +13,8 @@ from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, InternalError, ReplicaLost
 from adapter_router.metrics import RouterMetrics
 from adapter_router.routing.fleet import Fleet
-from adapter_router.routing.replica_state import ReplicaState
 from adapter_router.routing.pace import Pace
+from adapter_router.routing.replica_state import ReplicaState
 from adapter_router.routing.retry_budget import RetryBudget
 from adapter_router.routing.tasks import Tasks
 from adapter_router.routing.waiting import Waiting

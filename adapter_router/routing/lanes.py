@@ -43,9 +43,10 @@ class Lane:
         return 0 if self._is_free else len(self._warm)
 
     @property
-    def blocked_tokens(self) -> int:
-        """Of those rows."""
-        return 0 if self._is_free else self._warm.tokens
+    def waiting_tokens(self) -> int:
+        """Of rows that could run at once; 0 where all of them may leave now."""
+        calls = self._config.calls_per_replica - self.state.warm_calls
+        return self._warm.tokens if len(self._warm) > max(0, calls) * self._config.max_batch_rows else 0
 
     @property
     def oldest(self) -> float | None:

@@ -89,8 +89,10 @@ class Placement:
         now = self._clock()
         if now - self._measured > _MEASURE_S:
             self._measured = now
-            blocked = sum(lane.blocked_tokens for lane in self._lanes.values())
-            tokens = blocked + self._calls.warm_tokens if blocked else 0
+            waiting = sum(lane.waiting_tokens for lane in self._lanes.values())
+            # Until a row is answered: what waits, what is under way, and on each replica the batch that it will be in.
+            under_way = self._calls.warm_tokens * (1 + 1 / self._config.calls_per_replica)
+            tokens = waiting + round(under_way) if waiting else 0
             self._backlog = Backlog(tokens, self._calls.tokens_s)
         return self._backlog
 

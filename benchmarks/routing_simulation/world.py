@@ -56,7 +56,7 @@ class _World:
         self._replicas: dict[int, Replica] = {}
         self._lives: Counter[int] = Counter()
         self._since: dict[int, float] = {}
-        self._lived: Counter[int] = Counter()  # seconds of the counted part
+        self._lived: defaultdict[int, float] = defaultdict(float)  # seconds of the counted part
         self._taken: Counter[int] = Counter()  # rows, of those
         self._rows: list[Row] = []
         self._waits: list[float] = []
