@@ -11,7 +11,7 @@ serve: .venv/demo.done  ## the same application, until Ctrl-C
 	$(BIN)/adapter-router serve
 
 test: .venv/dev.done  ## all tests: those without Ray side by side, then those with a local Ray
-	$(BIN)/python -m pytest -m "not serve" -n logical --maxprocesses 4 --cov --cov-report=; parallel=$$?; \
+	$(BIN)/python -m pytest -m "not serve" -n logical --maxprocesses 4 --dist loadfile --cov --cov-report=; parallel=$$?; \
 	$(BIN)/python -m pytest -m serve --cov --cov-append --cov-report=term:skip-covered && exit $$parallel
 
 chaos: .venv/dev.done  ## processes killed and stopped again and again under load; figures go to benchmarks/results

@@ -165,7 +165,7 @@ def test_pinned_and_let_go(shell: Shell, name: str, directory: Path) -> None:
     assert "replica-0" in shell.run("warm", name)
     assert "pinned" in shell.run("pin", name)
     assert shell.json("unpin", name)["pinned"] is False
-    capacity = shell.run("capacity")
+    capacity = " ".join(shell.run("capacity").split())  # lines of a terminal, broken anywhere
     assert "registered adapters" in capacity and "replica-0" in capacity
 
 

@@ -351,8 +351,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     _m(
         "answers in the order of computation",
         _FORWARD,
-        "answers[order[position]] = self._cut(row, works[order[position]])",
-        "answers[position] = self._cut(row, works[order[position]])",
+        "in zip(made.order[segment.start : segment.stop], raw",
+        "in zip(range(segment.start, segment.stop), raw",
         case(*VIT, "headless", "converted-pissa", "converted-niter", "converted-olora"),
     ),
     _m(
