@@ -106,7 +106,7 @@ class Accounts:
             self._refuse(entries, error, now)
             return
         self._admission.entered(flow[0], len(entries), tokens)
-        self._flows.entered(flow, tokens, now)
+        self._flows.entered(flow, tokens)
         self.tokens += tokens
         self._pressure.came(tokens, now)
         self._metrics.rows.inc(len(entries))
