@@ -309,7 +309,7 @@ def test_one_that_turns_out_too_large_is_cut_off(web: WebServer, fetcher: Fetche
     uri = put(web, "/a")
     web.site.fail(f"/a/{WEIGHTS}", endless)
     assert f"more than {12 << 20} bytes" in refusal(fetcher, uri)
-    assert web.site.asked("GET", WEIGHTS)[0].sent < (20 << 20)
+    assert web.site.asked("GET", WEIGHTS)[0].sent < (64 << 20), "some lies in the kernel's buffers"
 
 
 def test_a_length_may_come_late(web: WebServer, fetcher: Fetcher) -> None:
