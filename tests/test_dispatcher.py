@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +286,7 @@ def test_errors_stay_with_their_rows() -> None:
 def test_a_fault_in_dispatching_costs_one_batch_only() -> None:
     async def scenario() -> None:
         router = dispatcher(Replicas("r0"))
-        broken = replace(version("a"), num_bytes="many")  # type: ignore[arg-type]
+        broken: Any = AdapterVersion("a", ["unhashable"], Path("unused"), "text-classification", ("x",), "softmax")  # type: ignore[arg-type]
         (failed,) = await router.submit([(Row("x", "a"), broken)])
         assert isinstance(failed, InternalError)
         assert labels(await router.submit([(Row("after"), None)])) == ["after"]

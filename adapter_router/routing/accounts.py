@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from adapter_router.config import RoutingConfig
 from adapter_router.errors import AdapterRouterError, DeadlineExceeded
 from adapter_router.metrics import RouterMetrics
-from adapter_router.routing.admission import Admission, Backlog, too_long
-from adapter_router.routing.flows import Flows
+from adapter_router.routing.admission import Admission, Backlog
 from adapter_router.routing.pressure import Pressure
 from adapter_router.routing.tokens import TokenEstimate
 from adapter_router.routing.waiting import Waiting
@@ -36,7 +35,6 @@ class Accounts:
         self._pressure = pressure
         self._clock = clock
         self._admission = Admission(config)
-        self._flows = Flows()
         self._estimate = TokenEstimate(max_tokens)
 
     def enter(self, rows: Sequence[tuple[Row, AdapterVersion | None]], backlog: Backlog) -> list[Waiting]:
@@ -89,37 +87,18 @@ class Accounts:
         else:
             error = self._admission.refusal(tenant, len(entries), tokens, timeout_s, backlog)
         if error is not None:
-            self._refuse(entries, error, now)
+            self._pressure.missed(len(entries), now)
+            self._metrics.errors.labels(error.code).inc(len(entries))
+            for entry in entries:
+                entry.answer.set_result(error)
             return
-        by_adapter: dict[str | None, list[Waiting]] = defaultdict(list)
-        for entry in entries:
-            by_adapter[entry.digest].append(entry)
-        for digest, group in by_adapter.items():
-            self._enter((tenant, digest), group, timeout_s, backlog, now)
-
-    def _enter(
-        self, flow: tuple[str, str | None], entries: Sequence[Waiting], timeout_s: float, backlog: Backlog, now: float
-    ) -> None:
-        tokens = sum(entry.tokens for entry in entries)
-        wait_s = self._flows.wait_s(flow, tokens, now) if backlog.tokens else 0.0
-        if (error := too_long(wait_s, timeout_s, "rows of this adapter wait for their turns")) is not None:
-            self._refuse(entries, error, now)
-            return
-        self._admission.entered(flow[0], len(entries), tokens)
-        self._flows.entered(flow, tokens)
+        self._admission.entered(tenant, len(entries), tokens)
         self.tokens += tokens
         self._pressure.came(tokens, now)
         self._metrics.rows.inc(len(entries))
 
-    def _refuse(self, entries: Sequence[Waiting], error: AdapterRouterError, now: float) -> None:
-        self._pressure.missed(len(entries), now)
-        self._metrics.errors.labels(error.code).inc(len(entries))
-        for entry in entries:
-            entry.answer.set_result(error)
-
     def _leave(self, entry: Waiting, outcome: RowOutcome | None, now: float) -> None:
         self._admission.left(entry.tenant, 1, entry.tokens)
-        self._flows.left((entry.tenant, entry.digest), entry.tokens, now, isinstance(outcome, RowResult))
         self.tokens -= entry.tokens
         self._metrics.row_seconds.observe(now - entry.arrived)
         self._metrics.adapter_rows.inc(entry.version.adapter if entry.version else BASE_SERIES)

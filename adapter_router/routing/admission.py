@@ -97,7 +97,10 @@ class Admission:
             return None
         # No replica is idle meanwhile: all that waits is a bound. The tenant has its share: its own is another.
         wait_s = min(backlog.tokens + tokens, (limits[1].own + tokens) / share) / backlog.tokens_s
-        return too_long(wait_s, timeout_s, f"{backlog.tokens} tokens are waiting")
+        if wait_s <= _MARGIN * timeout_s:
+            return None
+        message = f"the wait is about {wait_s:.1f} s, too long for a timeout of {timeout_s:.3g} s"
+        return _overloaded(f"{message}: {backlog.tokens} tokens are waiting", wait_s - _MARGIN * timeout_s)
 
     def entered(self, tenant: str, rows: int, tokens: int) -> None:
         """So many rows of ``tenant`` are queued."""
@@ -131,14 +134,6 @@ class Admission:
         """Of what is served, the part ``tenant`` gets while all that have rows queued still have some."""
         weight = self._weight(tenant)
         return weight / max(weight, self._weights if tenant in self._tenants else self._weights + weight)
-
-
-def too_long(wait_s: float, timeout_s: float, because: str) -> Overloaded | None:
-    """What a row is told that would wait for ``wait_s``, if that is too long."""
-    if wait_s <= _MARGIN * timeout_s:
-        return None
-    message = f"the wait is about {wait_s:.1f} s, too long for a timeout of {timeout_s:.3g} s: {because}"
-    return _overloaded(message, wait_s - _MARGIN * timeout_s)
 
 
 def _overloaded(message: str, seconds: float) -> Overloaded:
